@@ -1,0 +1,76 @@
+"""Auto-Encoding Variational Bayes (Kingma & Welling, arXiv:1312.6114) in Pyro.
+
+Notation, used in every docstring:
+
+==========  =======================================================  ==========================
+symbol      meaning                                                  word in public arguments
+==========  =======================================================  ==========================
+N           data in the data set
+M           data in a minibatch                                      ``batch_size``
+K           particles, draws of z per datum (the paper's L)          ``num_particles``
+J           dimension of z                                           ``latent_dim``
+D           dimension of x                                           ``data_shape``
+theta       parameters of the generative model p(x, z)
+phi         parameters of the recognition model q(z | x)
+log_w       log p(x, z) - log q(z | x), axes (K, M)
+bound       a lower bound on log p(x): maximised, in nats per datum
+loss        minus a bound, summed over the data plate: minimised
+==========  =======================================================  ==========================
+
+Axes are particles, then batch, then event: (K, M, J). Units are nats per datum: sums over the event, means over data.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyro_vae.data import Dataset as Dataset
+    from pyro_vae.data import load_dataset as load_dataset
+    from pyro_vae.evaluation import Score as Score
+    from pyro_vae.evaluation import log_marginal as log_marginal
+    from pyro_vae.models import VAE as VAE
+    from pyro_vae.models import LinearGaussian as LinearGaussian
+    from pyro_vae.objectives import SGVB as SGVB
+    from pyro_vae.objectives import Objective as Objective
+    from pyro_vae.programs import Program as Program
+    from pyro_vae.programs import log_weights as log_weights
+    from pyro_vae.runs import StoredRun as StoredRun
+    from pyro_vae.runs import load_run as load_run
+    from pyro_vae.training import Run as Run
+    from pyro_vae.training import fit as fit
+
+__version__ = "0.1.0"
+
+# Imported on first use: `pyro-vae --help` need not wait for torch.
+_HOMES = {
+    "SGVB": "objectives",
+    "VAE": "models",
+    "Dataset": "data",
+    "LinearGaussian": "models",
+    "Objective": "objectives",
+    "Program": "programs",
+    "Run": "training",
+    "Score": "evaluation",
+    "StoredRun": "runs",
+    "fit": "training",
+    "load_dataset": "data",
+    "load_run": "runs",
+    "log_marginal": "evaluation",
+    "log_weights": "programs",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

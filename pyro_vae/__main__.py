@@ -1,0 +1,6 @@
+"""``python -m pyro_vae``: the command line."""
+
+from pyro_vae.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,549 @@
+"""The command line: ``pyro-vae train | evaluate | sample | plot | datasets``. The only file that prints.
+
+Exit codes: 0 done; 1 an error of this program's own; 2 bad input, an unusable file or a loss that is not finite; 128 + n
+stopped by signal n (130 Ctrl-C, 143 SIGTERM). torch is imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+import tomllib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from pyro_vae.data import Dataset
+    from pyro_vae.runs import StoredRun
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="pyro-vae",
+    help="Auto-Encoding Variational Bayes in Pyro: train, score and look at variational auto-encoders.",
+    epilog="Example: pyro-vae train --dataset digits --epochs 100 --run-dir runs/digits",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+errors = Console(stderr=True)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Turn what goes wrong into one message and an exit code; never a traceback, unless PYRO_VAE_DEBUG is set."""
+    warnings.showwarning = lambda message, *_, **__: errors.print(f"[yellow]warning:[/] {message}", highlight=False)
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt as error:
+        _fail(str(error) or "interrupted", 128 + getattr(error, "signal", 2))
+    except (ValueError, OSError) as error:
+        _fail(str(error), 2)
+    except Exception as error:
+        if os.environ.get("PYRO_VAE_DEBUG"):
+            raise
+        _fail(f"{type(error).__name__}: {error} (PYRO_VAE_DEBUG=1 shows where)", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    errors.print("[bold red]error:[/]", end=" ")
+    errors.print(message, highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _command(example: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Register a command with an example in its help and readable errors."""
+
+    def register(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+            with _readable_errors():
+                return function(*args, **kwargs)
+
+        return app.command(epilog=f"Example: [cyan]{example}[/]")(wrapped)
+
+    return register
+
+
+def _read_config(context: typer.Context, file: Path | None) -> Path | None:
+    """Make the values of a TOML file the defaults of the command's options."""
+    if file is None or context.resilient_parsing:
+        return file
+    try:
+        values = tomllib.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise typer.BadParameter(f"cannot read {file}: {error}") from error
+    known = {p.name: p for p in context.command.params if p.name not in (None, "config", "resume", "help")}
+    defaults = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            near = get_close_matches(name, [str(n) for n in known], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise typer.BadParameter(f"unknown key {key!r} in {file}{hint}")
+        if isinstance(value, dict):
+            raise typer.BadParameter(f"{file}: expected a value for {key!r}, got a table")
+        defaults[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return file
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise ValueError(f"--hidden-dims: expected whole numbers such as 500 or 500,200, got {text!r}") from None
+
+
+_DATA, _MODEL, _OBJECTIVE, _TRAINING, _STORAGE = "Data", "Model", "Objective", "Training", "Run directory"
+
+Root = Annotated[
+    Path | None,
+    typer.Option(help="Folder with the data sets, or where to download them to.", envvar="PYRO_VAE_DATA", show_default=False),
+]
+RunPath = Annotated[Path, typer.Argument(help="Directory of a run, as written by train.", metavar="RUN")]
+Seed = Annotated[int, typer.Option(help="Seed of the random numbers.", min=0)]
+
+
+@_command("pyro-vae train --dataset mnist --latent-dim 20 --num-samples 1000000 --run-dir runs/mnist")
+def train(
+    context: typer.Context,
+    dataset: Annotated[
+        str,
+        typer.Option(help="Name of a data set (see `datasets`), a .npy or .npz file, or a folder of images.", rich_help_panel=_DATA),
+    ] = "digits",
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with the data sets, or where to download them to.",
+            envvar="PYRO_VAE_DATA",
+            show_default=False,
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    binarize: Annotated[
+        str | None,
+        typer.Option(
+            help="'dynamic' draws grey levels anew at each read where the likelihood is binary, 'none' refuses them; "
+            "by default as the data set says.",
+            show_default=False,
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    latent_dim: Annotated[int, typer.Option(help="Dimension of z.", rich_help_panel=_MODEL)] = 20,
+    hidden_dims: Annotated[
+        str, typer.Option(help="Widths of the encoder's hidden layers, such as 500 or 500,200; the decoder mirrors them.", rich_help_panel=_MODEL)
+    ] = "500",
+    likelihood: Annotated[str, typer.Option(help="bernoulli (binary data) or gaussian (data in \\[0, 1]).", rich_help_panel=_MODEL)] = "bernoulli",
+    activation: Annotated[str, typer.Option(help="tanh, relu or softplus.", rich_help_panel=_MODEL)] = "tanh",
+    init: Annotated[str, typer.Option(help="default (torch's) or paper: N(0, 0.01).", rich_help_panel=_MODEL)] = "default",
+    objective: Annotated[str, typer.Option(help="What to maximise: sgvb.", rich_help_panel=_OBJECTIVE)] = "sgvb",
+    num_particles: Annotated[int, typer.Option(help="Draws of z per datum and step (the paper's L).", rich_help_panel=_OBJECTIVE)] = 1,
+    estimator: Annotated[str, typer.Option(help="SGVB's: A samples the KL term, B takes it in closed form.", rich_help_panel=_OBJECTIVE)] = "A",
+    kl_warmup: Annotated[
+        int | None, typer.Option(help="Raise the KL term's weight from 0 to 1 over so many samples.", show_default=False, rich_help_panel=_OBJECTIVE)
+    ] = None,
+    prior_scale: Annotated[
+        float | None,
+        typer.Option(help="Maximum a posteriori: standard deviation of a Gaussian prior on every parameter (the paper: 1).", show_default=False, rich_help_panel=_OBJECTIVE),
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="Any of torch.optim by name, such as adagrad or adam.", rich_help_panel=_TRAINING)] = "adagrad",
+    learning_rate: Annotated[
+        float | None, typer.Option(help="By default 0.02 for adagrad, torch's own elsewhere.", show_default=False, rich_help_panel=_TRAINING)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Data per step.", rich_help_panel=_TRAINING)] = 100,
+    num_samples: Annotated[
+        int | None, typer.Option(help="Budget in training samples seen; 1,000,000 if no --epochs either.", show_default=False, rich_help_panel=_TRAINING)
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Budget in passes through the data.", show_default=False, rich_help_panel=_TRAINING)] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Clip the gradient to this norm.", show_default=False, rich_help_panel=_TRAINING)] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many evaluations without a better validation bound.", show_default=False, rich_help_panel=_TRAINING)
+    ] = None,
+    evaluate_every: Annotated[
+        int | None, typer.Option(help="Samples between evaluations; by default an epoch, or a hundredth of the budget.", show_default=False, rich_help_panel=_TRAINING)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers.", rich_help_panel=_TRAINING)] = 0,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.", show_default=False, rich_help_panel=_TRAINING)] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="New directory of the run; by default runs/DATASET-TIME.", show_default=False, rich_help_panel=_STORAGE)
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on with the run in this directory, bit for bit; only the budget can be given anew.",
+            show_default=False,
+            rich_help_panel=_STORAGE,
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Samples between checkpoints; by default at each evaluation, and once a minute.", show_default=False, rich_help_panel=_STORAGE)
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events into the run directory.", rich_help_panel=_STORAGE)] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file with values for these options; the command line overrides it.",
+            callback=_read_config,
+            is_eager=True,
+            show_default=False,
+            rich_help_panel=_STORAGE,
+        ),
+    ] = None,
+) -> None:
+    """Train a variational auto-encoder by AEVB (arXiv:1312.6114, Algorithm 1)."""
+    options = {name: value for name, value in context.params.items() if name not in ("config", "context")}
+    if resume is not None:
+        _resume(context, options)
+        return
+    import torch
+
+    import pyro_vae as pv
+
+    data = pv.load_dataset(dataset, root=root, binarize=binarize)  # type: ignore[arg-type]
+    torch.manual_seed(seed)  # the initial parameters
+    shape = tuple(data.train.shape[1:])
+    vae = pv.VAE(shape, latent_dim, _whole_numbers(hidden_dims), likelihood, activation, init)
+    directory = run_dir or Path("runs", f"{data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    console.print(f"training a VAE {shape} -> {latent_dim} on {data.name} ({len(data.train):,} training data) in {directory}")
+    budget = 1_000_000 if num_samples is None and epochs is None else num_samples
+    passed = ("optimizer", "learning_rate", "batch_size", "epochs", "seed", "device", "evaluate_every")
+    more = ("checkpoint_every", "prior_scale", "kl_warmup", "max_grad_norm", "patience", "tensorboard")
+    settings = {name: options[name] for name in (*passed, *more)}
+    run = pv.fit(
+        vae,
+        data,
+        objective=_make_objective(objective, num_particles=num_particles, estimator=estimator),
+        num_samples=budget,
+        run_dir=directory,
+        **settings,
+    )
+    _report_training(run.history, run.stopped_early, directory)
+
+
+def _make_objective(name: str, **options: Any) -> Any:
+    from pyro_vae.objectives import OBJECTIVES
+
+    if name.lower() not in OBJECTIVES:
+        near = get_close_matches(name.lower(), OBJECTIVES, n=1, cutoff=0.0)
+        raise ValueError(f"--objective: expected one of {', '.join(OBJECTIVES)}, got {name!r}; did you mean {near[0]!r}?")
+    return OBJECTIVES[name.lower()](**options)
+
+
+def _resume(context: typer.Context, options: Mapping[str, Any]) -> None:
+    """Go on with a run from its directory: everything but the budget is read there."""
+    from pyro_vae.runs import StoredRun, build_model, build_objective
+    from pyro_vae.training import fit
+    from pyro_vae.training.checkpoint import RunDirectory, RunDirectoryError
+
+    free = {"resume", "root", "num_samples", "epochs", "device", "tensorboard", "config"}
+    given = {n for n in options if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"}
+    if fixed := sorted(given - free):
+        raise ValueError(f"--resume takes every setting but the budget from the run; got also --{fixed[0].replace('_', '-')}")
+    directory = RunDirectory(Path(options["resume"]))
+    if not directory.path.is_dir():
+        raise RunDirectoryError(f"expected the directory of a run, but there is no {directory.path}")
+    config = directory.read_config()
+    model = build_model(config, directory.path)
+    data = StoredRun(directory.path, model, config, []).dataset(options["root"])
+    settings = dict(config["fit"])
+    if options["num_samples"] is not None or options["epochs"] is not None:
+        settings |= {"num_samples": options["num_samples"], "epochs": options["epochs"]}
+    run = fit(
+        model,
+        data,
+        objective=build_objective(config, directory.path),
+        run_dir=directory.path,
+        resume=True,
+        device=options["device"],
+        tensorboard=options["tensorboard"],
+        **settings,
+    )
+    _report_training(run.history, run.stopped_early, directory.path)
+
+
+def _report_training(history: list[dict[str, Any]], stopped_early: bool, directory: Path) -> None:
+    last = history[-1]
+    table = Table(title=f"after {last['samples']:,} training samples, {last['seconds']:.0f} s of training")
+    for column in ("bound on log p(x)", "nats per datum", "standard error"):
+        table.add_column(column, justify="left" if column.startswith("bound") else "right")
+    for split in ("train", "valid", "test"):
+        if (bound := last.get(f"{split}_bound")) is not None:
+            error = last.get(f"{split}_bound_se")
+            table.add_row(split, f"{bound:.2f}", "" if error is None else f"{error:.2f}")
+    console.print(table)
+    if stopped_early:
+        console.print("stopped early: the parameters kept are those of the best validation bound")
+    console.print(f"run directory: {directory}  (next: pyro-vae evaluate {directory}, pyro-vae plot {directory})")
+
+
+@_command("pyro-vae evaluate runs/mnist --num-particles 5000")
+def evaluate(
+    run: RunPath,
+    num_particles: Annotated[int, typer.Option(help="Importance samples per datum (K).")] = 1000,
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    num_data: Annotated[int | None, typer.Option(help="Score only the first so many data.", show_default=False, min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Data at a time.")] = 100,
+    root: Root = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.", show_default=False)] = None,
+    seed: Seed = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file too.", show_default=False)] = None,
+) -> None:
+    """Score a run: its bound and its importance-sampled log p(x), with standard errors."""
+    from dataclasses import replace
+
+    import pyro_vae as pv
+    from pyro_vae.evaluation import evaluate_bound
+    from pyro_vae.inputs import open_inputs
+    from pyro_vae.programs import as_program
+
+    stored = _load(run, device)
+    data = _split(stored.dataset(root), split)
+    data = replace(data, test=data.test[:num_data])
+    program = as_program(stored.program)
+    bound = evaluate_bound(program, open_inputs(program, data, split="test"), pv.SGVB(), seed=seed)
+    score = pv.log_marginal(
+        stored.program, data, num_particles=num_particles, batch_size=batch_size, seed=seed
+    )
+    ess = score.diagnostics["ess"]
+    table = Table(title=f"{data.name}, {split}: {len(score.values):,} data, nats per datum")
+    for column in ("score", "mean", "standard error", "Monte Carlo error", "ESS: median (least)"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    table.add_row("lower bound (SGVB)", f"{bound.mean:.2f}", f"{bound.std_error:.2f}", "", "")
+    table.add_row(
+        f"log p(x), K = {num_particles:,}",
+        f"{score.mean:.2f}",
+        f"{score.std_error:.2f}",
+        f"{score.mc_error:.3f}",
+        f"{ess.median():.1f} ({ess.min():.1f})",
+    )
+    console.print(table)
+    if json_file is not None:
+        result = {
+            "run": str(run),
+            "split": split,
+            "num_data": len(score.values),
+            "bound": bound.mean,
+            "bound_se": bound.std_error,
+            "log_marginal": score.mean,
+            "log_marginal_se": score.std_error,
+            "log_marginal_mc_error": score.mc_error,
+            "num_particles": num_particles,
+            "median_ess": ess.median().item(),
+            "least_ess": ess.min().item(),
+        }
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+@_command("pyro-vae sample runs/mnist --num 100 --output samples.png")
+def sample(
+    run: RunPath,
+    num: Annotated[int, typer.Option(help="How many.", min=1)] = 64,
+    output: Annotated[
+        Path | None, typer.Option(help=".png (a mosaic) or .npy (the array); by default RUN/figures/samples.png.", show_default=False)
+    ] = None,
+    mean: Annotated[bool, typer.Option("--mean/--draw", help="Means of p(x | z), or draws of x.")] = True,
+    seed: Seed = 0,
+) -> None:
+    """Draw data from a trained model."""
+    import numpy as np
+    import torch
+
+    stored = _load(run, None)
+    torch.manual_seed(seed)
+    x = stored.program.sample(num, mean=mean).numpy()
+    file = output or stored.path / "figures" / "samples.png"
+    if file.suffix not in (".png", ".npy"):
+        raise ValueError(f"--output: expected a file ending in .png or .npy, got {file}")
+    if file.suffix == ".npy":
+        np.save(file, x)
+    else:
+        from pyro_vae.plots import plot_samples
+
+        _save(plot_samples(_images(x)), file)
+    console.print(f"wrote {file}")
+
+
+_KINDS = ("curves", "samples", "reconstructions", "latents", "manifold", "traversals")
+
+
+@_command("pyro-vae plot runs/mnist --kind curves --kind samples")
+def plot(
+    run: RunPath,
+    kind: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(_KINDS)}; may be repeated. All that apply by default.", show_default=False)
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the pictures; RUN/figures by default.", show_default=False)] = None,
+    root: Root = None,
+    seed: Seed = 0,
+) -> None:
+    """Draw a run's pictures: learning curves, samples, reconstructions, latents, manifold, traversals."""
+    for name in kind or ():
+        if name not in _KINDS:
+            near = get_close_matches(name, _KINDS, n=1, cutoff=0.0)
+            raise ValueError(f"--kind: expected one of {', '.join(_KINDS)}, got {name!r}; did you mean {near[0]!r}?")
+    stored = _load(run, None)
+    applicable = _pictures(stored, root, seed)
+    if refused := sorted(set(kind or ()) - applicable.keys()):
+        raise ValueError(
+            f"--kind {refused[0]} does not apply to this run (latent_dim {stored.program.latent_dim}, "
+            f"data_shape {stored.program.data_shape}); these do: {', '.join(applicable)}"
+        )
+    folder = output or stored.path / "figures"
+    for name in kind or applicable:
+        file = folder / f"{name}.png"
+        _save(applicable[name](), file)
+        console.print(f"wrote {file}")
+
+
+def _pictures(stored: StoredRun, root: Path | None, seed: int) -> dict[str, Callable[[], Figure]]:
+    """The pictures that apply to a run, each made when called."""
+    import torch
+
+    from pyro_vae import plots
+    from pyro_vae.data import Dataset
+    from pyro_vae.inputs import open_inputs
+    from pyro_vae.programs import as_program
+
+    vae = stored.program
+    torch.manual_seed(seed)
+
+    @functools.cache
+    def held_out() -> tuple[Tensor, Dataset]:
+        data = stored.dataset(root)
+        rows = open_inputs(as_program(vae), data, split="test").tensors()
+        return next(iter(rows.rows(torch.randperm(len(rows))[:2000]).values())), data
+
+    def latents() -> Figure:
+        data = stored.dataset(root)
+        rows = open_inputs(as_program(vae), data, split="test").tensors()
+        index = torch.randperm(len(rows))[:2000]
+        z = vae.encode(next(iter(rows.rows(index).values()))).mean
+        labels = None if data.test_labels is None else data.test_labels[index].numpy()
+        return plots.plot_latents(z.numpy(), labels, label_names=data.label_names, seed=seed)
+
+    def decoded(z: Tensor) -> NDArray[np.floating[Any]]:
+        return _images(vae.decode(z).mean.numpy())
+
+    def manifold() -> Figure:
+        return plots.plot_manifold(decoded(torch.as_tensor(plots.latent_grid(20), dtype=torch.get_default_dtype())))
+
+    def traversals() -> Figure:
+        values = torch.linspace(-2.5, 2.5, 11)
+        z = torch.zeros(vae.latent_dim, len(values), vae.latent_dim)
+        for j in range(vae.latent_dim):
+            z[j, :, j] = values
+        images = decoded(z.flatten(0, 1))
+        return plots.plot_traversals(images.reshape(*z.shape[:2], *images.shape[1:]), values=values.numpy())
+
+    def reconstructions() -> Figure:
+        x = held_out()[0][:12]
+        return plots.plot_reconstructions(_images(x.numpy()), decoded(vae.encode(x).mean))
+
+    found: dict[str, Callable[[], Figure]] = {
+        "curves": lambda: plots.plot_learning_curves({"AEVB": stored.history}),
+        "latents": latents,
+    }
+    if _is_image(vae.data_shape):
+        found |= {
+            "samples": lambda: plots.plot_samples(_images(vae.sample(100, mean=True).numpy()), columns=10),
+            "reconstructions": reconstructions,
+            "traversals": traversals,
+        }
+        if vae.latent_dim == 2:
+            found["manifold"] = manifold
+    return {name: _without_gradients(make) for name, make in found.items()}
+
+
+def _without_gradients(make: Callable[[], Figure]) -> Callable[[], Figure]:
+    import torch
+
+    return torch.no_grad()(make)  # type: ignore[no-any-return]
+
+
+@_command("pyro-vae datasets --root /data")
+def datasets(root: Root = None) -> None:
+    """List the data sets that train knows by name."""
+    from pyro_vae.data import DATASETS, is_available
+    from pyro_vae.data.datasets import data_root
+
+    table = Table(title=f"data sets (root: {data_root(root)})")
+    for column in ("name", "shape", "train, valid, test", "binarize", "on disk", "split"):
+        table.add_column(column)
+    for name, info in DATASETS.items():
+        sizes = ", ".join(f"{size:,}" for size in info.sizes)
+        table.add_row(name, "x".join(map(str, info.shape)), sizes, info.binarize, "yes" if is_available(name, root) else "no", info.split)
+    console.print(table)
+    console.print("or the path of a .npy or .npz file or of a folder of images")
+
+
+def _load(run: Path, device: str | None) -> StoredRun:
+    from pyro_vae.runs import load_run
+    from pyro_vae.training.loop import move_to
+
+    stored = load_run(run)
+    if device is not None:
+        move_to(stored.program, device)
+    return stored
+
+
+def _split(data: Dataset, split: str) -> Dataset:
+    """The data set with the wanted split in the place of its test split."""
+    from dataclasses import replace
+
+    if split not in ("train", "valid", "test"):
+        raise ValueError(f"--split: expected train, valid or test, got {split!r}")
+    return replace(data, test=getattr(data, split), test_labels=getattr(data, f"{split}_labels"))
+
+
+def _is_image(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 or (len(shape) == 3 and shape[-1] in (1, 3, 4))
+
+
+def _images(x: NDArray[Any]) -> NDArray[Any]:
+    """Data (n, H, W[, C]) as pictures: a single channel is dropped.
+
+    Raises:
+        ValueError: they are not pictures.
+    """
+    if not _is_image(x.shape[1:]):
+        raise ValueError(f"expected images (n, H, W) or (n, H, W, C), got data of shape {x.shape}: choose a .npy output")
+    return x[..., 0] if x.ndim == 4 and x.shape[-1] == 1 else x
+
+
+def _save(figure: Figure, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="pyro-vae" if not sys.argv[0].endswith("__main__.py") else "python -m pyro_vae")
+
+
+if __name__ == "__main__":
+    main()

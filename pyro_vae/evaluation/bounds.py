@@ -1,0 +1,113 @@
+"""The value of a bound over a data set, with its standard error.
+
+What is evaluated is the bound itself, never a surrogate loss and never an annealed one; nothing of the program changes.
+The estimate is unbiased for the mean bound over the data's distribution; its error is over data and noise together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_vae.data import BatchIterable, Columns
+from pyro_vae.inputs import Inputs
+from pyro_vae.numerics import mean_and_standard_error
+from pyro_vae.objectives import Objective
+from pyro_vae.programs import Program
+
+__all__ = ["BoundEstimate", "evaluate_bound", "frozen"]
+
+
+@dataclass(frozen=True)
+class BoundEstimate:
+    """A bound's mean over data and its standard error, both in nats per datum."""
+
+    mean: float
+    std_error: float
+
+
+@contextlib.contextmanager
+def frozen(program: Program, seed: int) -> Iterator[None]:
+    """Evaluate without a trace: no gradients, modules in evaluation mode, and noise of its own from ``seed``.
+
+    Torch's generators and the modules' modes are put back afterwards.
+    """
+    training = [m for module in program.modules().values() for m in module.modules() if m.training]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), pyro.validation_enabled(False):
+        torch.manual_seed(seed)
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def evaluate_bound(
+    program: Program, inputs: Inputs, objective: Any, *, batch_size: int = 500, num_data: int | None = None, seed: int = 0
+) -> BoundEstimate:
+    """The mean of an objective's bound over data, in nats per datum.
+
+    Args:
+        program: the program to evaluate.
+        inputs: its data.
+        objective: one of this package's, or any ELBO of Pyro's. Pyro's give one number a batch, so the standard error is
+            then that of the mean over batches.
+        batch_size: data at a time; it does not change the expected value.
+        num_data: take only the first so many.
+        seed: of the noise and of the binarisation.
+
+    Returns:
+        Mean and standard error.
+    """
+    per_datum = isinstance(objective, Objective)
+    if isinstance(inputs.data, BatchIterable):
+        batches: Iterator[Columns] = map(inputs.data.reader, inputs.data.raw())
+    else:
+        size = batch_size if per_datum else min(batch_size, 100)
+        batches = inputs.data.in_order(size) if num_data is None else _first(inputs, size, num_data)
+    with frozen(program, seed), _unannealed(objective):
+        values = [_values(program, objective, *inputs.call(columns), inputs) for columns in batches]
+    if per_datum:
+        return BoundEstimate(*mean_and_standard_error(torch.cat(values)))
+    counts = torch.tensor([len(v) for v in values], dtype=torch.float64)
+    means = torch.stack([v.double().mean() for v in values]).cpu()
+    _, error = mean_and_standard_error(means)
+    return BoundEstimate(float((means * counts).sum() / counts.sum()), error)
+
+
+def _first(inputs: Inputs, batch_size: int, num_data: int) -> Iterator[Columns]:
+    data = inputs.tensors()
+    starts = range(0, min(num_data, len(data)), batch_size)
+    return (data.rows(slice(start, min(start + batch_size, num_data))) for start in islice(starts, None))
+
+
+def _values(program: Program, objective: Any, args: Any, kwargs: Any, inputs: Inputs) -> Tensor:
+    if isinstance(objective, Objective):
+        return objective.bound(program.model, program.guide, *args, **kwargs)
+    size = len((*args, *kwargs.values())[0])
+    total = -objective.loss(program.model, program.guide, *args, **kwargs)
+    return torch.full((size,), total / inputs.check.data_of(size))
+
+
+@contextlib.contextmanager
+def _unannealed(objective: Any) -> Iterator[None]:
+    weight = getattr(objective, "kl_weight", None)
+    if not isinstance(weight, Tensor):
+        yield
+        return
+    kept = weight.clone()
+    weight.fill_(1.0)
+    try:
+        yield
+    finally:
+        weight.copy_(kept)

@@ -1,0 +1,133 @@
+"""Where programs and data meet: a user's data, of any accepted form, as batches that a program can be called with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae.data import BatchIterable, Columns, Dataset, Reader, TensorData, as_columns
+from pyro_vae.data.batches import is_grey, is_unscaled, require_valid
+from pyro_vae.programs import Program, ProgramCheck, check_program
+
+__all__ = ["Inputs", "device_of", "open_inputs"]
+
+_DRY_RUN = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """A program's data, checked against it.
+
+    Attributes:
+        data: the rows or batches.
+        by_name: call the program by keyword (the data came as a dict), not by position.
+        check: what the dry run found.
+    """
+
+    data: TensorData | BatchIterable
+    by_name: bool
+    check: ProgramCheck
+
+    def call(self, columns: Columns) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """The (args, kwargs) with which to call the program's functions on a batch."""
+        return ((), dict(columns)) if self.by_name else (tuple(columns.values()), {})
+
+    def tensors(self) -> TensorData:
+        """The data as rows.
+
+        Raises:
+            ValueError: they are an iterable of batches.
+        """
+        if not isinstance(self.data, TensorData):
+            raise ValueError("expected tensors or a data set here, got an iterable of batches")
+        return self.data
+
+
+def device_of(program: Program) -> tuple[torch.device, torch.dtype]:
+    """Device and floating-point type of a program: its first parameter's, else torch's defaults."""
+    parameters = [p for m in program.modules().values() for p in m.parameters()]
+    for tensor in (*program.named_parameters().values(), *parameters):
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return torch.get_default_device(), torch.get_default_dtype()
+
+
+def open_inputs(
+    program: Program, data: Any, *, binarize: str | None = None, split: str = "train", batch_size: int = _DRY_RUN
+) -> Inputs:
+    """Check data and program against each other, by a dry run on the first batch.
+
+    Args:
+        program: what will observe the data.
+        data: a tensor; a tuple (by position) or dict (by name) of tensors with an equal first dimension; a data set of
+            :func:`pyro_vae.load_dataset`, of which ``split`` is taken; or an iterable of batches.
+        binarize: "dynamic" draws grey levels that a binary site observes, "none" refuses them. None: as the data set
+            says, else "dynamic".
+        split: "train", "valid" or "test".
+        batch_size: rows of the dry run.
+
+    Returns:
+        The data, on the program's device, with the reader that fits the program.
+
+    Raises:
+        ValueError: the data or the program are not as they should be; see :func:`pyro_vae.programs.check_program`.
+    """
+    if binarize not in (None, "dynamic", "none"):
+        raise ValueError(f'binarize: expected "dynamic", "none" or None, got {binarize!r}')
+    if isinstance(data, Dataset):
+        binarize = binarize or data.binarize
+        data = getattr(data, split)
+    by_name = isinstance(data, Mapping)
+    device, dtype = device_of(program)
+    reader = Reader(device, dtype, program.data_shape)
+    names = _argument_names(program)
+    columns = as_columns(data, names)
+    if columns is not None:
+        require_valid(columns)
+        tensors = TensorData(columns, reader)
+        check, reader = _fit_reader(program, columns, reader, by_name, binarize, batch_size)
+        return Inputs(replace(tensors, reader=reader).resident(), by_name, check)
+    if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
+        raise ValueError(
+            "expected data as a tensor, a tuple or dict of tensors, a data set of load_dataset or an iterable of batches; "
+            f"got {type(data).__name__}"
+        )
+    return _open_batches(program, BatchIterable(data, names, reader), binarize)
+
+
+def _open_batches(program: Program, batches: BatchIterable, binarize: str | None) -> Inputs:
+    first = next(iter(batches.batches), None)
+    columns = next(batches.raw(), None) if first is not None else None
+    if columns is None:
+        raise ValueError("expected at least one batch of data, got an empty iterable")
+    by_name = isinstance(first, Mapping)
+    check, reader = _fit_reader(program, columns, batches.reader, by_name, binarize, len(next(iter(columns.values()))))
+    return Inputs(replace(batches, reader=reader), by_name, check)
+
+
+def _argument_names(program: Program) -> tuple[str, ...]:
+    parameters = inspect.signature(program.functions["model"]).parameters.values()
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return tuple(positional) or ("x",)
+
+
+def _fit_reader(
+    program: Program, columns: Columns, reader: Reader, by_name: bool, binarize: str | None, batch_size: int
+) -> tuple[ProgramCheck, Reader]:
+    unscaled = frozenset(name for name, column in columns.items() if is_unscaled(column))
+    reader = replace(reader, unscaled=unscaled)
+    few = reader({name: column[:batch_size] for name, column in columns.items()})
+    args, kwargs = ((), few) if by_name else (tuple(few.values()), {})
+    check = check_program(program, args, kwargs)
+    grey = {name for name in check.binary_arguments & columns.keys() if is_grey(name, columns[name])}
+    if grey and binarize == "none":
+        raise ValueError(
+            f"data {sorted(grey)} are observed by a binary site: expected values 0 and 1 (0 and 255 for uint8), got grey "
+            'levels; binarize="dynamic" draws them anew at each read, or choose a likelihood for real numbers'
+        )
+    return check, replace(reader, drawn=frozenset(grey))

@@ -1,0 +1,6 @@
+"""Generative models with their guides. Models know networks and distributions, never how they are trained."""
+
+from pyro_vae.models.linear_gaussian import LinearGaussian
+from pyro_vae.models.vae import VAE
+
+__all__ = ["VAE", "LinearGaussian"]

@@ -1,0 +1,63 @@
+"""What every objective is: a per-datum bound, and a loss whose gradient is the estimator's."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from torch import Tensor
+
+__all__ = ["Objective"]
+
+
+class Objective(ELBO):
+    """Base of the package's objectives, usable wherever Pyro takes an ELBO.
+
+    A subclass implements :meth:`differentiable_loss`, a scalar whose *value* is minus the bound, summed over the data
+    plate with the plate's scale as in Pyro, and whose *gradient* is the estimator's; and :meth:`bound`, the value per
+    datum.
+
+    Args:
+        num_particles: K, draws per datum, at least 1.
+
+    Raises:
+        ValueError: ``num_particles`` is not a whole number of at least 1.
+    """
+
+    def __init__(self, num_particles: int = 1) -> None:
+        if not isinstance(num_particles, int) or num_particles < 1:
+            raise ValueError(f"num_particles: expected a whole number of at least 1, got {num_particles!r}")
+        super().__init__(num_particles=num_particles, vectorize_particles=True)
+
+    @abstractmethod
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Minus the bound of a minibatch, scaled to its plate: a scalar in nats with the estimator's gradient."""
+
+    @abstractmethod
+    def bound(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The bound on log p(x) of each datum of a minibatch, shape (M,), in nats."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that build this objective again, as JSON can hold them."""
+        return {"num_particles": self.num_particles}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.config.items())})"
+
+    @torch.no_grad()
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Value of the loss, in nats."""
+        return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Value of the loss, in nats; its gradients are added to the parameters' ``.grad``."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        loss.backward()
+        return loss.item()
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        """Part of Pyro's protocol for ELBOs that read traces; the package's read ``programs.log_weights``."""
+        raise NotImplementedError("objectives of pyro_vae read programs.log_weights, not traces")

@@ -1,0 +1,569 @@
+"""Pictures of a run: arrays in, a matplotlib `Figure` out.
+
+Nothing here knows a model, shows a window, writes a file or touches pyplot: save with
+``figure.savefig(path)``, or end a notebook cell with the figure. The style holds while a figure is built;
+the caller's `rcParams` stay as they were. Images are floats in [0, 1], bool or uint8, channels (1 or 3) last.
+"""
+
+import difflib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from scipy.stats import norm
+
+__all__ = [
+    "latent_grid",
+    "plot_latents",
+    "plot_learning_curves",
+    "plot_manifold",
+    "plot_reconstructions",
+    "plot_samples",
+    "plot_traversals",
+]
+
+Floats = npt.NDArray[np.float64]
+P = ParamSpec("P")
+
+# fmt: off
+STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True, "axes.edgecolor": "0.4", "axes.facecolor": "white", "axes.grid": True,
+    "axes.labelcolor": "0.15", "axes.labelsize": 9, "axes.linewidth": 0.7, "axes.spines.right": False,
+    "axes.spines.top": False, "axes.titlesize": 10, "figure.dpi": 200, "figure.facecolor": "white",
+    "font.size": 9, "grid.color": "0.91", "grid.linewidth": 0.6, "legend.fontsize": 8, "text.color": "0.15",
+    "xtick.color": "0.15", "xtick.labelsize": 8, "ytick.color": "0.15", "ytick.labelsize": 8,
+}
+# Okabe and Ito's for lines, Paul Tol's "muted" and black for points: colour-blind readers tell them apart.
+LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+POINT_COLOURS = ("#CC6677", "#332288", "#DDCC77", "#117733", "#88CCEE",
+                 "#882255", "#44AA99", "#999933", "#AA4499", "#222222")
+# fmt: on
+MARKERS = ("o", "^")  # labels 11 to 20 have the same colours again, as triangles
+MAX_CLASSES = len(POINT_COLOURS) * len(MARKERS)
+METHODS = ("auto", "pca", "tsne")
+TSNE_LIMIT = 5000  # points; t-SNE takes about half a minute there
+CURVE_KEYS = ("samples", "train_bound", "test_bound", "test_bound_se")
+
+
+def _styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Build the figure under `STYLE` (doctest overlooks functions decorated by `rc_context` itself)."""
+
+    @functools.wraps(function)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with mpl.rc_context(STYLE):
+            return function(*args, **kwargs)
+
+    return styled
+
+
+@_styled
+def plot_learning_curves(
+    curves: Mapping[str, Any],
+    *,
+    reference: Mapping[str, Any] | None = None,
+    ylabel: str = "bound (nats per datum)",
+    title: str | None = None,
+    ylim: tuple[float, float] | None = None,
+) -> Figure:
+    """Draw bounds against training samples, test solid and train dashed in one colour per method.
+
+    The early, terrible part of training does not squash the rest: the y axis shows the later half of each
+    curve (in log samples) whole, the earlier half as far below its median as its maximum lies above.
+
+    Args:
+        curves: Label to curve. A curve is a mapping with "samples" (n,) and any of "train_bound",
+            "test_bound" and "test_bound_se" (n,), a band of ±1 standard error; or a list of dicts with
+            these keys (`run.history`). Other keys are ignored; None, NaN, infinite values and, the axis being
+            logarithmic, samples <= 0 are skipped.
+        reference: Label to (samples (n,), values (n,)): published curves, drawn grey and dotted.
+        ylabel: Name and unit of the values.
+        title: Title, if any.
+        ylim: Lower and upper end of the y axis.
+
+    Returns:
+        A figure with one axes.
+
+    Raises:
+        ValueError: If a curve lacks samples or any bound, lengths differ, or nothing finite is left to draw.
+
+    Source: Kingma & Welling, arXiv:1312.6114, Fig. 2.
+
+    >>> history = [{"samples": 100, "test_bound": -300.0}, {"samples": 1000, "test_bound": -150.0}]
+    >>> figure = plot_learning_curves({"AEVB": history})
+    >>> figure.axes[0].get_xscale(), figure.axes[0].get_xlabel()
+    ('log', 'training samples')
+    """
+    if not isinstance(curves, Mapping) or not curves:
+        raise ValueError(
+            f"curves: expected a mapping from labels to curves, came {type(curves)}, maybe empty"
+        )
+    figure = Figure(figsize=(4.6, 3.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="training samples", ylabel=ylabel, xscale="log", title=title or "")
+    for i, (label, curve) in enumerate(curves.items()):
+        _draw_curve(axes, label, _columns(label, curve), LINE_COLOURS[i % len(LINE_COLOURS)])
+    for i, (label, pair) in enumerate((reference or {}).items()):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ValueError(f"reference {label!r}: expected (samples, values), came {type(pair)}")
+        dots = (0, (1, 1.2 + 1.6 * i))  # further references are dotted more loosely
+        x, y = _aligned(f"reference {label!r}", *pair)
+        axes.plot(x, y, color="0.45", lw=1.3, ls=dots, label=label, zorder=1.9)
+    limits = _robust_limits(axes.lines)
+    axes.set_ylim(limits if ylim is None else ylim)
+    axes.legend(loc="lower right", framealpha=0.8, edgecolor="none")
+    return figure
+
+
+def _draw_curve(axes: Axes, label: str, columns: Mapping[str, Any], colour: str) -> None:
+    samples, test, error = (columns.get(key) for key in ("samples", "test_bound", "test_bound_se"))
+    for split, width, dashes in (("test", 1.6, "-"), ("train", 0.9, "--")):
+        if (bound := columns.get(f"{split}_bound")) is not None:
+            x, y = _aligned(f"{label}: {split}_bound", samples, bound)
+            marker = "o" if x.size == 1 else None  # a single evaluation makes no line
+            text = f"{label} ({split})" if x.size else None
+            axes.plot(x, y, color=colour, lw=width, ls=dashes, marker=marker, ms=4, label=text)
+    if test is not None and error is not None:
+        x, y, band = _aligned(f"{label}: test_bound_se", samples, test, error)
+        axes.fill_between(x, y - band, y + band, color=colour, alpha=0.18, linewidth=0)
+
+
+def _columns(label: str, curve: Any) -> Mapping[str, Any]:
+    """A curve as a mapping of columns, whichever of its two forms came."""
+    if isinstance(curve, Sequence) and all(isinstance(row, Mapping) for row in curve):
+        found = [key for key in CURVE_KEYS if any(key in row for row in curve)]
+        curve = {key: [row.get(key) for row in curve] for key in found}
+    if not isinstance(curve, Mapping):
+        raise ValueError(f"{label}: expected a mapping of arrays or a list of dicts, came {type(curve)}")
+    if "samples" not in curve or not {"train_bound", "test_bound"} & set(curve):
+        expected = "'samples' and at least one of 'train_bound', 'test_bound'"
+        raise ValueError(f"{label}: expected the keys {expected}, came {list(curve)}")
+    return curve
+
+
+def _aligned(name: str, *columns: Any) -> Floats:
+    """Columns (k, n), samples first, without what a logarithmic axis cannot show, by increasing samples."""
+    vectors = [_vector(name, column) for column in columns]
+    if len({vector.size for vector in vectors}) > 1:
+        sizes = [vector.size for vector in vectors]
+        raise ValueError(f"{name}: expected as many values as samples, came lengths {sizes} (samples first)")
+    table = np.stack(vectors)
+    table = table[:, np.isfinite(table).all(axis=0) & (table[0] > 0)]
+    return table[:, np.argsort(table[0], kind="stable")]
+
+
+def _vector(name: str, values: Any) -> Floats:
+    try:
+        vector = np.asarray(values, dtype=float)  # None becomes NaN
+    except TypeError as error:
+        raise ValueError(f"{name}: expected numbers of shape (n,), came {type(values)}") from error
+    if vector.ndim != 1 or vector.size == 0:
+        raise ValueError(f"{name}: expected shape (n,) with n >= 1, came {vector.shape}")
+    return vector
+
+
+def _robust_limits(lines: Sequence[Line2D]) -> tuple[float, float]:
+    tops, bottoms = [], []
+    for x, y in (np.asarray(line.get_data(), dtype=float) for line in lines):
+        if x.size:
+            log_x = np.log(x)
+            middle = (log_x[0] + log_x[-1]) / 2
+            # Evaluations may be spaced in any way; the eye sees log samples.
+            median = np.median(np.interp(np.linspace(log_x[0], log_x[-1], 201), log_x, y))
+            tops.append(y.max())
+            bottoms.append(max(y.min(), min(y[log_x >= middle].min(), 2 * median - y.max())))
+    if not tops:
+        raise ValueError("curves: expected at least one finite bound at samples > 0, came none")
+    margin = 0.05 * (max(tops) - min(bottoms)) or 1.0
+    return float(min(bottoms) - margin), float(max(tops) + margin)
+
+
+def latent_grid(side: int) -> Floats:
+    """Return codes for a learned manifold: evenly spaced quantiles through the inverse Gaussian CDF.
+
+    The quantiles are (i + 1/2) / side, so each code stands for the same prior mass. The first code is the
+    picture's top left: z_1 grows along a row, z_2 falls from row to row.
+
+    Args:
+        side: Number of codes along an axis, >= 1.
+
+    Returns:
+        Codes (side * side, 2), row by row, for `plot_manifold`.
+
+    Raises:
+        ValueError: If `side` is not a positive integer.
+
+    Source: Kingma & Welling, arXiv:1312.6114, Appendix A and Fig. 4.
+
+    >>> latent_grid(2).round(2).tolist()
+    [[-0.67, 0.67], [0.67, 0.67], [-0.67, -0.67], [0.67, -0.67]]
+    """
+    _require_positive("side", side)
+    quantiles = norm.ppf((np.arange(side) + 0.5) / side)
+    z2, z1 = np.meshgrid(quantiles[::-1], quantiles, indexing="ij")
+    return np.stack([z1.ravel(), z2.ravel()], axis=1)
+
+
+@_styled
+def plot_manifold(images: npt.ArrayLike, *, title: str | None = None) -> Figure:
+    """Show the images decoded from `latent_grid` as one mosaic without gaps.
+
+    Args:
+        images: Images (side * side, H, W[, C]), row by row.
+        title: Title, if any.
+
+    Returns:
+        A figure whose only image is the mosaic, (side * H, side * W[, C]).
+
+    Raises:
+        ValueError: If `images` are not images, or their number is not a square.
+
+    Source: Kingma & Welling, arXiv:1312.6114, Fig. 4.
+
+    >>> plot_manifold(np.zeros((9, 4, 5))).axes[0].images[0].get_array().shape
+    (12, 15)
+    """
+    array = _as_images("images", images)
+    side = round(len(array) ** 0.5)
+    if side**2 != len(array):
+        raise ValueError(f"images: expected side * side of them, a square number, came {len(array)}")
+    return _show(_mosaic(array, side), title)[0]
+
+
+@_styled
+def plot_samples(images: npt.ArrayLike, *, columns: int | None = None, title: str | None = None) -> Figure:
+    """Show images row by row in a mosaic with thin gaps; places that remain in the last row stay white.
+
+    Args:
+        images: Images (n, H, W[, C]).
+        columns: Images in a row, >= 1; by default about as many as there are rows.
+        title: Title, if any.
+
+    Returns:
+        A figure whose only image is the mosaic.
+
+    Raises:
+        ValueError: If `images` are not images or `columns` is not a positive integer.
+
+    Source: Kingma & Welling, arXiv:1312.6114, Fig. 5.
+
+    >>> plot_samples(np.zeros((5, 4, 4)), columns=3).axes[0].images[0].get_array().shape
+    (9, 14)
+    """
+    array = _as_images("images", images)
+    columns = int(np.ceil(len(array) ** 0.5)) if columns is None else columns
+    return _show(_mosaic(array, columns, _gap(array)), title)[0]
+
+
+@_styled
+def plot_reconstructions(
+    data: npt.ArrayLike, reconstructions: npt.ArrayLike, *, columns: int = 12, title: str | None = None
+) -> Figure:
+    """Show pairs of rows: data above, their reconstructions beneath.
+
+    Args:
+        data: Images (n, H, W[, C]).
+        reconstructions: Images of the same shape, such as the means of p(x|z) at the means of q(z|x).
+        columns: Pairs in a row, >= 1.
+        title: Title, if any.
+
+    Returns:
+        A figure whose only image is the mosaic.
+
+    Raises:
+        ValueError: If either are not images, their shapes differ, or `columns` is not a positive integer.
+
+    Source: the autoencoder of Kingma & Welling, arXiv:1312.6114, section 3.
+
+    >>> axes = plot_reconstructions(np.zeros((3, 4, 4)), np.ones((3, 4, 4))).axes[0]
+    >>> [label.get_text() for label in axes.get_yticklabels()]
+    ['data', 'reconstruction']
+    """
+    above, beneath = _as_images("data", data), _as_images("reconstructions", reconstructions)
+    if above.shape != beneath.shape:
+        shapes = f"{np.shape(data)}, came {np.shape(reconstructions)}"
+        raise ValueError(f"reconstructions: expected the shape of data {shapes}")
+    gap, height = _gap(above), above.shape[1]
+    seam = np.ones_like(above[:, :gap])
+    pairs = np.concatenate([above, seam, beneath], axis=1)  # (n, 2 H + gap, W, C)
+    figure, axes = _show(_mosaic(pairs, columns, (4 * gap, gap)), title, left=0.92)
+    starts = np.arange(-(-len(pairs) // columns)) * (2 * height + 5 * gap)
+    centres = starts[:, None] + (height - 1) / 2 + np.array([0, height + gap])
+    axes.set_yticks(centres.ravel(), ["data", "reconstruction"] * len(starts))
+    return figure
+
+
+@_styled
+def plot_traversals(
+    images: npt.ArrayLike, *, values: npt.ArrayLike | None = None, title: str | None = None
+) -> Figure:
+    """Show what each latent dimension does: a row per dimension, a column per value it takes.
+
+    Args:
+        images: Images (J, steps, H, W[, C]).
+        values: Values (steps,) of the traversed dimension, written under the columns.
+        title: Title, if any.
+
+    Returns:
+        A figure whose only image is the mosaic.
+
+    Raises:
+        ValueError: If `images` are not images or `values` has another length than their columns.
+
+    Source: one dimension at a time of the manifolds of Kingma & Welling, arXiv:1312.6114, Fig. 4.
+
+    >>> axes = plot_traversals(np.zeros((2, 3, 4, 4)), values=[-1, 0, 1]).axes[0]
+    >>> [label.get_text() for label in axes.get_xticklabels()]
+    ['−1', '0', '1']
+    """
+    array = _as_images("images", images, ("J", "steps"))
+    (rows, steps, height, width, _), gap = array.shape, _gap(array)
+    mosaic = _mosaic(array.reshape(-1, *array.shape[2:]), steps, gap)
+    figure, axes = _show(mosaic, title, left=0.25, below=0.2)
+    names = [f"$z_{{{j}}}$" for j in range(1, rows + 1)]
+    axes.set_yticks(np.arange(rows) * (height + gap) + (height - 1) / 2, names)
+    if values is not None:
+        ticks = _vector("values", values)
+        if len(ticks) != steps:
+            raise ValueError(f"values: expected one for each of {steps} columns, came {len(ticks)}")
+        every = int(np.ceil(0.45 * steps / (figure.get_figwidth() - 0.25)))  # a number needs 0.45 inches
+        texts = [f"{value:.3g}".replace("-", "−") for value in ticks.round(6) + 0.0]  # no −0, no 1e-17
+        axes.set_xticks((np.arange(steps) * (width + gap) + (width - 1) / 2)[::every], texts[::every])
+    return figure
+
+
+def _as_images(name: str, images: npt.ArrayLike, leading: tuple[str, ...] = ("n",)) -> Floats:
+    """Images as floats in [0, 1], (*leading, H, W, C)."""
+    array, dims = np.asarray(images), ", ".join(leading)
+    shape = array.shape
+    if array.ndim == len(leading) + 2:
+        array = array[..., None]
+    if array.ndim != len(leading) + 3 or array.shape[-1] not in (1, 3) or array.size == 0:
+        expected = f"({dims}, H, W) or ({dims}, H, W, C), C = 1 or 3, none of them empty"
+        raise ValueError(f"{name}: expected images of shape {expected}; came {shape}")
+    if array.dtype == np.uint8:
+        return array / 255
+    if array.dtype.kind not in "bf":
+        raise ValueError(f"{name}: expected floats in [0, 1], bool or uint8, came {array.dtype}")
+    _require_finite(name, array)
+    low, high = array.min(), array.max()
+    if low < -1 or high > 2:  # a noisy mean is clipped, another scale is a mistake
+        raise ValueError(f"{name}: expected floats in [0, 1], came values from {low:.4g} to {high:.4g}")
+    return np.asarray(np.clip(array, 0, 1), dtype=float)
+
+
+def _gap(images: Floats) -> int:
+    return max(1, int(images.shape[-3]) // 28)  # pixels
+
+
+def _mosaic(images: Floats, columns: int, gap: int | tuple[int, int] = 0) -> Floats:
+    """(n, H, W, C) to one image, row by row; gaps (vertical, horizontal) and vacant places are white."""
+    _require_positive("columns", columns)
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    down, right = (gap, gap) if isinstance(gap, int) else gap
+    vacant = rows * columns - len(images)
+    padded = np.pad(images, ((0, vacant), (0, down), (0, right), (0, 0)), constant_values=1.0)
+    _, height, width, channels = padded.shape
+    grid = padded.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    mosaic = grid.reshape(rows * height, columns * width, channels)
+    return mosaic[: len(mosaic) - down, : columns * width - right]
+
+
+def _show(mosaic: Floats, title: str | None, *, left: float = 0, below: float = 0) -> tuple[Figure, Axes]:
+    """The mosaic on its own figure, with room (inches) for names at its left and below."""
+    height, width, channels = mosaic.shape
+    scale = min(5.5 / width, 8.0 / height)  # inches per pixel: within a page
+    above = 0.3 if title else 0.0
+    size = (max(1.0, width * scale) + left, max(0.5, height * scale) + below + above)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot(xticks=[], yticks=[], frame_on=False, title=title or "")
+    pixels = mosaic[..., 0] if channels == 1 else mosaic
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
+    axes.set_anchor("SW")  # constrained layout cuts names off where it centres an image
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    return figure, axes
+
+
+def _require_positive(name: str, value: object) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, came {value!r}")
+
+
+def _require_finite(name: str, array: npt.NDArray[Any]) -> None:
+    if bad := int(np.sum(~np.isfinite(array))):
+        raise ValueError(f"{name}: expected finite values, came {bad} NaN or infinite ones")
+
+
+@_styled
+def plot_latents(
+    z: npt.ArrayLike,
+    labels: npt.ArrayLike | None = None,
+    *,
+    label_names: Sequence[str] | Mapping[Any, str] | None = None,
+    method: str = "auto",
+    seed: int = 0,
+    title: str | None = None,
+) -> Figure:
+    """Scatter latent codes, coloured by label.
+
+    Two dimensions are shown as they are; one is a histogram, or with labels a strip per label; more are
+    projected to two. Points are drawn in the order given: codes sorted by label hide one another.
+
+    Args:
+        z: Latent codes (n, J), n >= 1, J >= 1.
+        labels: Labels (n,). Up to 20 different ones have colours (11 to 20 as triangles) and a legend; more
+            must be numbers and have a colour bar.
+        label_names: Legend texts: by label in a mapping, by position for labels 0, 1, ... in a sequence.
+            A colour bar does without.
+        method: "auto" (J <= 2 as it is; above, "tsne" up to 5000 points, else "pca"), "pca" or "tsne".
+        seed: Seed of t-SNE and of the strips' jitter.
+        title: Title, if any.
+
+    Returns:
+        A figure whose first axes hold the points.
+
+    Raises:
+        ValueError: If shapes do not agree, a value is not finite, a name is missing or the method is unknown.
+
+    Source: Kingma & Welling, arXiv:1312.6114, section 3; van der Maaten & Hinton, JMLR 9:2579, 2008 (t-SNE).
+
+    >>> axes = plot_latents([[0.0, 1.0], [1.0, 0.0]], ["a", "b"]).axes[0]
+    >>> axes.get_xlabel(), len(axes.collections[0].get_offsets())
+    ('$z_1$', 2)
+    """
+    codes = _as_codes(z)
+    tags = None if labels is None else _as_labels(labels, len(codes))
+    texts = {} if tags is None else _legend_texts(tags, label_names)
+    points, axis_names = _project(codes, _choose_method(method, codes), seed)
+    figure = Figure(figsize=(4.6, 3.6), layout="constrained")
+    axes = figure.add_subplot(xlabel=axis_names[0], title=title or "")
+    if points.shape[1] == 1:
+        _draw_strip(axes, points[:, 0], tags, texts, seed)
+        return figure
+    axes.set_ylabel(axis_names[1])
+    axes.set_aspect("equal", adjustable="datalim")
+    if axis_names[0].startswith("t-SNE"):
+        axes.tick_params(labelbottom=False, labelleft=False, length=0)  # its coordinates mean nothing
+        axes.grid(visible=False)
+    _draw_points(axes, points, tags, texts)
+    if texts:
+        handles = _legend_handles(texts)
+        figure.legend(handles=handles, loc="outside right center", frameon=False, handletextpad=0.2)
+    return figure
+
+
+def _as_codes(z: npt.ArrayLike) -> Floats:
+    codes = np.asarray(z)
+    if codes.ndim != 2 or codes.size == 0 or codes.dtype.kind not in "biuf":
+        raise ValueError(f"z: expected numbers of shape (n, J), none empty, came {codes.dtype} {codes.shape}")
+    _require_finite("z", codes)
+    return codes.astype(float)
+
+
+def _as_labels(labels: npt.ArrayLike, n: int) -> npt.NDArray[Any]:
+    tags = np.asarray(labels)
+    if tags.shape != (n,):
+        raise ValueError(f"labels: expected shape ({n},), one per row of z, came {tags.shape}")
+    if tags.dtype.kind not in "biufU" or (tags.dtype.kind == "f" and not np.isfinite(tags).all()):
+        raise ValueError(f"labels: expected finite numbers or strings, came {tags.dtype} with {tags[:3]} ...")
+    return tags
+
+
+def _legend_texts(tags: npt.NDArray[Any], names: Sequence[str] | Mapping[Any, str] | None) -> dict[Any, str]:
+    """Legend text per label in increasing order; empty where a colour bar stands instead."""
+    classes = np.unique(tags).tolist()
+    if len(classes) > MAX_CLASSES:
+        if tags.dtype.kind == "U":
+            raise ValueError(f"labels: expected at most {MAX_CLASSES} different strings, came {len(classes)}")
+        return {}
+    if names is None:
+        return {c: f"{c:g}" if isinstance(c, float) else str(c) for c in classes}
+    known = names if isinstance(names, Mapping) else dict(enumerate(names))
+    missing = [c for c in classes if c not in known]
+    if missing:
+        raise ValueError(f"label_names: expected a name for every label, came none for {missing}")
+    return {c: known[c] for c in classes}
+
+
+def _choose_method(method: str, codes: Floats) -> str:
+    if method not in METHODS:
+        near = difflib.get_close_matches(str(method).lower(), METHODS, n=1, cutoff=0.3)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"method: expected one of {', '.join(map(repr, METHODS))}, came {method!r}{hint}")
+    n, dims = codes.shape
+    varied = bool(np.ptp(codes, axis=0).any())  # a collapsed posterior has no neighbours
+    if method == "auto":
+        method = "none" if dims <= 2 else "tsne" if 4 <= n <= TSNE_LIMIT and varied else "pca"
+    least = {"none": 1, "pca": 2, "tsne": 4}[method]
+    if n < least or (method != "none" and dims < 2) or (method == "tsne" and not varied):
+        needs = f"n >= {least}, J >= 2" + " and codes that are not all equal" * (method == "tsne")
+        raise ValueError(f"z: {method!r} expected {needs}, came z of shape {codes.shape}")
+    return method
+
+
+def _project(codes: Floats, method: str, seed: int) -> tuple[Floats, list[str]]:
+    """Points (n, 2), or (n, 1) of one-dimensional codes, and the names of their axes."""
+    if method == "none":
+        return codes, ["$z_1$", "$z_2$"]
+    # scikit-learn takes a second to import; most figures do without.
+    if method == "tsne":
+        from sklearn.manifold import TSNE
+
+        perplexity = min(30.0, (len(codes) - 1) / 3)
+        points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(codes)
+        return points, ["t-SNE 1", "t-SNE 2"]
+    from sklearn.decomposition import PCA
+
+    pca = PCA()
+    with np.errstate(invalid="ignore"):  # 0 / 0 where all codes are equal
+        points = pca.fit_transform(codes)[:, :2]
+    shares = np.nan_to_num(pca.explained_variance_ratio_[:2])
+    return points, [f"PC {i} ({share:.1%} of variance)" for i, share in enumerate(shares, 1)]
+
+
+def _draw_strip(
+    axes: Axes, x: Floats, tags: npt.NDArray[Any] | None, texts: dict[Any, str], seed: int
+) -> None:
+    if tags is None:
+        axes.hist(x, bins=int(np.clip(len(x) ** 0.5, 5, 60)), color=LINE_COLOURS[0], alpha=0.8)
+        axes.set_ylabel("count")
+    elif not texts:
+        _draw_points(axes, np.stack([x, tags], axis=1), None, texts)  # the y axis already tells the label
+        axes.set_ylabel("label")
+    else:
+        jitter = np.random.default_rng(seed).uniform(-0.3, 0.3, len(x))
+        rows = np.unique(tags, return_inverse=True)[1]
+        _draw_points(axes, np.stack([x, rows + jitter], axis=1), tags, texts)
+        axes.set_yticks(np.arange(len(texts)), list(texts.values()))
+        axes.invert_yaxis()
+
+
+def _draw_points(axes: Axes, points: Floats, tags: npt.NDArray[Any] | None, texts: dict[Any, str]) -> None:
+    size = float(np.clip(2e4 / len(points), 3, 16))
+    # Points as pixels, text as vectors: a PDF of 10,000 points stays small.
+    scatter = functools.partial(axes.scatter, s=size, linewidths=0, rasterized=True)
+    if tags is None:
+        scatter(points[:, 0], points[:, 1], color=LINE_COLOURS[0], alpha=0.7)
+    elif not texts:
+        drawn = scatter(points[:, 0], points[:, 1], c=tags, cmap="viridis")
+        drawn.figure.colorbar(drawn, ax=axes, label="label")
+    else:
+        marker, colour = np.divmod(np.unique(tags, return_inverse=True)[1], len(POINT_COLOURS))
+        for i in np.unique(marker):
+            here = marker == i
+            colours = np.array(POINT_COLOURS)[colour[here]]
+            scatter(points[here, 0], points[here, 1], c=colours, marker=MARKERS[i], alpha=0.85)
+
+
+def _legend_handles(texts: dict[Any, str]) -> list[Line2D]:
+    looks = [(marker, colour) for marker in MARKERS for colour in POINT_COLOURS]
+    return [
+        Line2D([], [], linestyle="", marker=marker, color=colour, markeredgewidth=0, markersize=5, label=text)
+        for (marker, colour), text in zip(looks, texts.values(), strict=False)
+    ]

@@ -1,0 +1,591 @@
+"""The one bridge from Pyro programs to tensors, and the only file that uses ``pyro.poutine``.
+
+Every objective and every scorer of the package is a small reduction of
+
+    log_w[k, m] = log p(x_m, z_km) - log q(z_km | x_m)          shape (K, M): K particles, M data of a minibatch
+
+and :func:`log_weights` computes it, site by site, for any pair of Pyro functions. A *program* is any object with two
+such functions, ``.model`` and ``.guide``; :class:`Program` makes one of two plain functions. What a program must obey:
+
+* data that are independent given the global latents sit in ``pyro.plate("data", ...)``;
+* both functions take the same arguments, the observed data among them;
+* K particles add one more dimension on the left of all of the program's own, also when K = 1, so z is (K, M, J) and
+  code must broadcast over leading dimensions (``z[..., 0]``, not ``z[:, 0]``).
+
+Densities are masked as the program says and summed over every dimension but the particles' and the data plate's, which
+are found by their names. The minibatch's scale N / M is kept apart, as :attr:`LogWeights.scale`, since it has no place
+inside a log-sum-exp. A ``poutine.scale`` of the program's own is part of its density and stays in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import broadcast_shape, scale_and_mask
+from pyro.params.param_store import ParamStoreDict
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor, nn
+from torch.distributions import constraints, kl_divergence
+
+__all__ = [
+    "DATA_PLATE",
+    "HasModelAndGuide",
+    "LogWeights",
+    "Program",
+    "ProgramCheck",
+    "as_program",
+    "bind_arguments",
+    "check_program",
+    "log_weights",
+]
+
+DATA_PLATE = "data"
+_PARTICLE_PLATE = "_pyro_vae_particles"
+
+PyroFunction = Callable[..., Any]
+
+
+@runtime_checkable
+class HasModelAndGuide(Protocol):
+    """Any object with a Pyro ``model`` and a Pyro ``guide`` of the same arguments."""
+
+    @property
+    def model(self) -> PyroFunction:
+        """The generative model."""
+
+    @property
+    def guide(self) -> PyroFunction:
+        """The recognition model."""
+
+
+class Program:
+    """A model and a guide with the parameters that belong to them.
+
+    Parameters named by ``pyro.param`` and ``pyro.module`` live in a store that this program owns, not in Pyro's global
+    one: two programs that use the same names do not touch each other, and ``pyro.clear_param_store()`` does not
+    reach in. ``program.model`` and ``program.guide`` work anywhere that a Pyro function does.
+
+    Args:
+        model: Pyro function, the generative model p(x, z).
+        guide: Pyro function of the same arguments, q(z | x).
+        vectorize: draw all particles in one call, by a plate on the left. False calls the functions once per particle,
+            for code that cannot broadcast.
+        data_shape: shape of one datum of the first argument; data with as many elements are reshaped to it.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))   # the exact posterior
+        >>> x = torch.zeros(3)
+        >>> log_weights(model, guide, (x,), num_particles=2).log_w     # = log p(x) = log N(0; 0, 2)
+        tensor([[-1.2655, -1.2655, -1.2655],
+                [-1.2655, -1.2655, -1.2655]])
+    """
+
+    def __init__(
+        self,
+        model: PyroFunction,
+        guide: PyroFunction,
+        *,
+        vectorize: bool = True,
+        data_shape: Sequence[int] | None = None,
+    ) -> None:
+        for role, function in (("model", model), ("guide", guide)):
+            if not callable(function):
+                raise ValueError(f"expected the {role} to be a Pyro function, got {type(function).__name__}")
+        self.functions = {"model": model, "guide": guide}
+        self._own_parameters = _OwnParameters()
+        self.vectorize = vectorize
+        self.data_shape = None if data_shape is None else tuple(data_shape)
+
+    def model(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the generative model with this program's parameters."""
+        with self._own_parameters:
+            return self.functions["model"](*args, **kwargs)
+
+    def guide(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the guide with this program's parameters."""
+        with self._own_parameters:
+            return self.functions["guide"](*args, **kwargs)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module that the two functions refer to, by name: their own object, closures, globals and attributes."""
+        found: dict[str, nn.Module] = {}
+        for function in self.functions.values():
+            for name, value in _references(function):
+                if isinstance(value, nn.Module) and all(value is not known for known in found.values()):
+                    found[name] = value
+        return found
+
+    def named_parameters(self) -> dict[str, Tensor]:
+        """The trainable leaf tensors by name, unconstrained; complete once the functions have run once.
+
+        A function that is a module, or a method of one, trains all of that module's parameters, registered or not.
+        """
+        owners = {type(o).__name__: o for f in self.functions.values() if isinstance(o := _owner(f), nn.Module)}
+        named = {
+            name if len(owners) == 1 else f"{owner_name}.{name}": tensor
+            for owner_name, owner in owners.items()
+            for name, tensor in owner.named_parameters()
+            if tensor.requires_grad
+        }
+        known = {id(tensor) for tensor in named.values()}
+        stored = self._own_parameters.store.named_parameters()
+        return named | {name: tensor for name, tensor in stored if id(tensor) not in known}
+
+    def named_buffers(self) -> dict[str, Tensor]:
+        """Buffers (running statistics, constants) of every module the functions refer to."""
+        return {
+            f"{name}.{buffer_name}": buffer
+            for name, module in self.modules().items()
+            for buffer_name, buffer in module.named_buffers()
+        }
+
+
+class _OwnParameters(Messenger):
+    """Answer ``pyro.param`` from a store of its own instead of the global one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = ParamStoreDict()
+
+    def _pyro_param(self, msg: Any) -> None:
+        msg["fn"] = self.store.get_param
+
+
+def _owner(function: PyroFunction) -> Any:
+    return getattr(function, "__self__", function)
+
+
+def _references(function: PyroFunction) -> Iterator[tuple[str, Any]]:
+    owner = _owner(function)
+    if isinstance(owner, nn.Module):
+        yield type(owner).__name__, owner
+    elif owner is not function:
+        yield from vars(owner).items()
+    plain = inspect.unwrap(getattr(function, "__func__", function))
+    if inspect.isfunction(plain):
+        names = inspect.getclosurevars(plain)
+        yield from names.nonlocals.items()
+        yield from names.globals.items()
+
+
+def as_program(program: HasModelAndGuide) -> Program:
+    """The :class:`Program` of an object with ``.model`` and ``.guide``, the same at each call.
+
+    Raises:
+        ValueError: the object lacks one of the two functions.
+    """
+    if isinstance(program, Program):
+        return program
+    if not isinstance(program, HasModelAndGuide):
+        raise ValueError(
+            "expected a program: an object with .model and .guide, for example pyro_vae.Program(model, guide); "
+            f"got {type(program).__name__}"
+        )
+    kept: dict[str, Any] = vars(program)
+    if "_pyro_vae_program" not in kept:
+        data_shape = getattr(program, "data_shape", None)
+        kept["_pyro_vae_program"] = Program(program.model, program.guide, data_shape=data_shape)
+    return kept["_pyro_vae_program"]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, eq=False)
+class LogWeights:
+    """K draws from the guide for each of M data, and every log density of them, site by site.
+
+    A site inside the data plate has terms of shape (K, M), one outside it (a global latent) of shape (K,); all in nats,
+    summed over the event and over every other plate.
+
+    Attributes:
+        latents: guide draws by site, (K, M, *event) or (K, *event).
+        log_likelihood: log p(x | z) of each observed site.
+        log_prior: log p(z) of each latent site, given its parents.
+        log_guide: log q(z | x) of each latent site.
+        analytic_kl: KL(q(z | x) || p(z)) of the sites where it was taken in closed form (then absent from the two above).
+        scale: N / M, the number of data over the size of the minibatch.
+    """
+
+    latents: dict[str, Tensor]
+    log_likelihood: dict[str, Tensor]
+    log_prior: dict[str, Tensor]
+    log_guide: dict[str, Tensor]
+    analytic_kl: dict[str, Tensor] = field(default_factory=dict)
+    scale: float = 1.0
+
+    @property
+    def kl(self) -> dict[str, Tensor]:
+        """Per latent site, log q - log p at the draws (its KL divergence in expectation) or the analytic KL."""
+        sampled = {name: self.log_guide[name] - self.log_prior[name] for name in self.log_guide}
+        return sampled | self.analytic_kl
+
+    @property
+    def log_w(self) -> Tensor:
+        """log p(x, z) - log q(z | x) of the sites in the data plate, shape (K, M)."""
+        return self._sum_of_terms(ndim=2)
+
+    @property
+    def log_w_global(self) -> Tensor | None:
+        """log p - log q of the sites outside the data plate, shape (K,); None if there is no such site."""
+        has_globals = any(term.ndim == 1 for term in (self.log_likelihood | self.log_prior).values())
+        return self._sum_of_terms(ndim=1) if has_globals else None
+
+    @property
+    def global_sites(self) -> list[str]:
+        """Latent sites outside the data plate."""
+        return sorted(name for name, term in self.log_guide.items() if term.ndim == 1)
+
+    def _sum_of_terms(self, ndim: int) -> Tensor:
+        if self.analytic_kl:
+            raise ValueError(f"log weights need sampled terms, but {sorted(self.analytic_kl)} hold an analytic KL")
+        terms = [*self.log_likelihood.values(), *self.log_prior.values(), *(-q for q in self.log_guide.values())]
+        return functools.reduce(operator.add, (term for term in terms if term.ndim == ndim))
+
+
+def log_weights(
+    model: PyroFunction,
+    guide: PyroFunction,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_particles: int = 1,
+    analytic_kl: bool = False,
+    reparameterized: bool = False,
+) -> LogWeights:
+    """Draw K particles per datum from the guide and give every log density of them.
+
+    Args:
+        model: Pyro function, the generative model.
+        guide: Pyro function of the same arguments.
+        args: positional arguments of both: a minibatch of M data.
+        kwargs: keyword arguments of both.
+        num_particles: K, at least 1.
+        analytic_kl: take KL(q || p) in closed form at the sites that admit it. A site admits it if torch has the pair
+            registered and everything the model drew before it the guide drew before it too, for then both
+            distributions are fixed when the site is drawn. A bottom-up guide of a two-layer model does not admit it
+            at the lower layer.
+        reparameterized: insist that gradients flow through every draw.
+
+    Returns:
+        The draws and their log densities, with gradients.
+
+    Raises:
+        ValueError: the program has no data plate, the guide's sites are not the model's latent sites, or a draw has no
+            reparameterised sample where one is asked for.
+    """
+    kwargs = kwargs or {}
+    if getattr(_owner(model), "vectorize", True):
+        dim = -1 - _plate_nesting(model, guide, args, kwargs)
+        with pyro.plate(_PARTICLE_PLATE, num_particles, dim=dim):
+            return _run(model, guide, args, kwargs, analytic_kl, reparameterized)
+    return _stack([_run(model, guide, args, kwargs, analytic_kl, reparameterized) for _ in range(num_particles)])
+
+
+def _run(
+    model: PyroFunction, guide: PyroFunction, args: Any, kwargs: Any, analytic_kl: bool, reparameterized: bool
+) -> LogWeights:
+    q = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
+    p = prune_subsample_sites(poutine.trace(poutine.replay(model, trace=q)).get_trace(*args, **kwargs))
+    observed, latent = _split(p)
+    drawn = _guide_sites(q)
+    _require_same_sites(latent, drawn)
+    if reparameterized:
+        _require_reparameterized(drawn)
+    data = _data_frame({**observed, **latent})
+    analytic = _analytic_kl(latent, drawn) if analytic_kl else {}
+    return LogWeights(
+        latents={name: site["value"] for name, site in drawn.items()},
+        log_likelihood={name: _log_prob(site) for name, site in observed.items()},
+        log_prior={name: _log_prob(site) for name, site in latent.items() if name not in analytic},
+        log_guide={name: _log_prob(site) for name, site in drawn.items() if name not in analytic},
+        analytic_kl=analytic,
+        scale=_minibatch_scale(data),
+    )
+
+
+def _stack(draws: Sequence[LogWeights]) -> LogWeights:
+    def stacked(terms: str) -> dict[str, Tensor]:
+        return {name: torch.stack([getattr(draw, terms)[name] for draw in draws]) for name in getattr(draws[0], terms)}
+
+    names = ("latents", "log_likelihood", "log_prior", "log_guide", "analytic_kl")
+    return LogWeights(**{name: stacked(name) for name in names}, scale=draws[0].scale)
+
+
+# Sites and plates of a trace ------------------------------------------------------------------------------------------
+
+
+def _split(model_trace: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Observed and latent sample sites of a model's trace, in ancestral order."""
+    sites = {name: site for name, site in model_trace.nodes.items() if site["type"] == "sample"}
+    observed = {name: site for name, site in sites.items() if site["is_observed"]}
+    return observed, {name: site for name, site in sites.items() if name not in observed}
+
+
+def _guide_sites(guide_trace: Any) -> dict[str, Any]:
+    """Sample sites of a guide's trace in their order, without the auxiliary ones (``infer={"is_auxiliary": True}``)."""
+    return {
+        name: site
+        for name, site in guide_trace.nodes.items()
+        if site["type"] == "sample" and not site["is_observed"] and not site["infer"].get("is_auxiliary")
+    }
+
+
+def _require_same_sites(latent: Mapping[str, Any], drawn: Mapping[str, Any]) -> None:
+    if missing := sorted(latent.keys() - drawn.keys()):
+        raise ValueError(f"the guide draws no value for the model's latent sites {missing}; it draws {sorted(drawn)}")
+    if unknown := sorted(drawn.keys() - latent.keys()):
+        raise ValueError(
+            f"the guide draws sites {unknown} that are not latent in the model, whose latent sites are {sorted(latent)}"
+        )
+
+
+def _require_reparameterized(drawn: Mapping[str, Any]) -> None:
+    for name, site in drawn.items():
+        if not site["fn"].has_rsample:
+            raise ValueError(
+                f"site '{name}' is drawn from {type(site['fn']).__name__}, which has no reparameterised sample, so the "
+                "draw has no gradient: use an objective with a score-function gradient, such as pyro.infer.TraceGraph_ELBO "
+                "or TraceEnum_ELBO, or a continuous relaxation"
+            )
+
+
+def _frame(site: Any, name: str) -> Any | None:
+    return next((frame for frame in site["cond_indep_stack"] if frame.name == name and frame.vectorized), None)
+
+
+def _data_frame(sites: Mapping[str, Any]) -> Any:
+    frames = (_frame(site, DATA_PLATE) for site in sites.values())
+    frame = next((frame for frame in frames if frame is not None), None)
+    if frame is None:
+        plates = sorted({f.name for site in sites.values() for f in site["cond_indep_stack"]} - {_PARTICLE_PLATE})
+        raise ValueError(
+            f'the model has no vectorized plate named "{DATA_PLATE}": put what is independent given the global latents '
+            f'in `with pyro.plate("{DATA_PLATE}", len(x)):`; its plates are {plates}'
+        )
+    return frame
+
+
+def _minibatch_scale(frame: Any) -> float:
+    return float((frame.full_size or frame.size) / frame.size)
+
+
+def _log_prob(site: Any) -> Tensor:
+    return _reduce(site, site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]))
+
+
+def _reduce(site: Any, log_prob: Tensor) -> Tensor:
+    """Mask a site's log density and sum it over all dimensions but those of the particles and the data."""
+    sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+    kept = {frame.dim for name in (_PARTICLE_PLATE, DATA_PLATE) if (frame := _frame(site, name)) is not None}
+    data = _frame(site, DATA_PLATE)
+    scale = site["scale"] / (1.0 if data is None else _minibatch_scale(data))
+    rank = max([log_prob.ndim, *(-dim for dim in sizes)])
+    shape = broadcast_shape(log_prob.shape, tuple(sizes.get(dim, 1) for dim in range(-rank, 0)))
+    if log_prob.shape != shape:
+        log_prob = log_prob.expand(shape)
+    log_prob = scale_and_mask(log_prob, scale, site["mask"])
+    summed = [dim for dim in range(-rank, 0) if dim not in kept]
+    return log_prob.sum(summed) if summed else log_prob
+
+
+def _analytic_kl(latent: Mapping[str, Any], drawn: Mapping[str, Any]) -> dict[str, Tensor]:
+    """KL(q || p) at each site whose two distributions are fixed once its predecessors are drawn, and registered."""
+    found = {}
+    model_order, guide_order = list(latent), list(drawn)
+    for name, site in latent.items():
+        before_in_model = set(model_order[: model_order.index(name)])
+        if before_in_model <= set(guide_order[: guide_order.index(name)]):
+            with contextlib.suppress(NotImplementedError):
+                found[name] = _reduce(site, kl_divergence(drawn[name]["fn"], site["fn"]))
+    return found
+
+
+_nestings: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple[str, str], int]]] = WeakKeyDictionary()
+
+
+def _plate_nesting(model: PyroFunction, guide: PyroFunction, args: Any, kwargs: Any) -> int:
+    """How many dimensions a program's own plates take, found by one run and remembered with the two functions."""
+    known = _nestings.setdefault(_owner(model), WeakKeyDictionary()).setdefault(_owner(guide), {})
+    key = (getattr(model, "__qualname__", ""), getattr(guide, "__qualname__", ""))
+    if key not in known:
+        traces = _plain_traces(model, guide, args, kwargs)
+        dims = [frame.dim for trace in traces for site in trace.values() for frame in site["cond_indep_stack"]]
+        known[key] = max((-dim for dim in dims if dim is not None), default=0)
+    return known[key]
+
+
+def _plain_traces(model: PyroFunction, guide: PyroFunction, args: Any, kwargs: Any) -> tuple[dict[str, Any], Any]:
+    """Sample sites of one run of model and guide each, apart, leaving torch's generators as they were."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), poutine.block():
+        runs = (prune_subsample_sites(poutine.trace(f).get_trace(*args, **kwargs)) for f in (model, guide))
+        model_sites, guide_sites = ({n: s for n, s in t.nodes.items() if s["type"] == "sample"} for t in runs)
+    return model_sites, guide_sites
+
+
+# The dry run ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProgramCheck:
+    """What a dry run of a program on one batch found.
+
+    Attributes:
+        batch_size: M, the size of the data plate in this batch.
+        full_size: N if the plate states it (``pyro.plate("data", N, subsample_size=M)``), else M.
+        binary_arguments: names of the arguments that are observed by a site of binary support.
+    """
+
+    batch_size: int
+    full_size: int
+    binary_arguments: frozenset[str]
+
+    def data_of(self, batch_size: int) -> int:
+        """How many data the loss of a batch stands for: N where the plate scales to N, else the batch's own."""
+        return self.full_size if self.full_size != self.batch_size else batch_size
+
+
+def bind_arguments(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a program's functions by name.
+
+    Raises:
+        ValueError: they do not fit the model's signature.
+    """
+    signature = inspect.signature(program.functions["model"])
+    try:
+        return dict(signature.bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise ValueError(f"the data do not fit the model's arguments {signature}: {error}") from error
+
+
+def check_program(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> ProgramCheck:
+    """Run a program once on a batch, under full validation, and compare its guide with its model, site by site.
+
+    Torch's generators are left as they were. Parameters that do not exist yet are created.
+
+    Args:
+        program: the program.
+        args: positional arguments: a minibatch.
+        kwargs: keyword arguments.
+
+    Returns:
+        What was found about the data plate and the arguments.
+
+    Raises:
+        ValueError: the guide misses a latent site or draws another; a site's plates, batch or event shape differ
+            between model and guide; a dimension belongs to no plate; there is no data plate; an observation lies
+            outside its distribution's support; the program cannot broadcast over particles. The message names the
+            site and the shapes.
+    """
+    kwargs = kwargs or {}
+    arguments = bind_arguments(program, args, kwargs)
+    with pyro.validation_enabled(True):
+        model_sites, guide_trace = _plain_traces(program.model, program.guide, args, kwargs)
+        observed = {name: site for name, site in model_sites.items() if site["is_observed"]}
+        latent = {name: site for name, site in model_sites.items() if name not in observed}
+        drawn = {n: s for n, s in guide_trace.items() if not s["infer"].get("is_auxiliary")}
+        _require_same_sites(latent, drawn)
+        for site in (*model_sites.values(), *drawn.values()):
+            _require_plates(site)
+        for name in latent:
+            _require_same_shape(name, latent[name], drawn[name])
+        frame = _data_frame(model_sites)
+        for name, site in observed.items():
+            _require_support(name, site)
+        _require_broadcast(program, args, kwargs)
+    binary = {_argument_of(n, s, arguments) for n, s in observed.items() if _is_binary(s)} - {None}
+    return ProgramCheck(frame.size, frame.full_size or frame.size, frozenset(map(str, binary)))
+
+
+def _require_plates(site: Any) -> None:
+    """Every batch dimension of a site must be some plate's."""
+    plates = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+    shape = tuple(site["fn"].batch_shape)
+    stray = [dim for dim in range(-len(shape), 0) if shape[dim] > 1 and dim not in plates]
+    if stray:
+        raise ValueError(
+            f"site '{site['name']}' has batch shape {shape}, of which dimensions {stray} are no plate's: declare them "
+            f"part of one event with .to_event({len(stray)}), or put the site in a plate"
+        )
+
+
+def _describe(site: Any) -> str:
+    fn, plates = site["fn"], [frame.name for frame in site["cond_indep_stack"]]
+    return f"batch {tuple(fn.batch_shape)}, event {tuple(fn.event_shape)}, plates {plates}"
+
+
+def _require_same_shape(name: str, model_site: Any, guide_site: Any) -> None:
+    def key(site: Any) -> Any:
+        frames = {(frame.name, frame.dim, frame.size) for frame in site["cond_indep_stack"]}
+        return site["fn"].batch_shape, site["fn"].event_shape, frames
+
+    if key(model_site) != key(guide_site):
+        raise ValueError(
+            f"site '{name}' has one shape in the model and another in the guide: "
+            f"{_describe(model_site)} against {_describe(guide_site)}"
+        )
+
+
+def _base_support(site: Any) -> Any | None:
+    try:
+        support = site["fn"].support
+    except NotImplementedError:
+        return None
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def _is_binary(site: Any) -> bool:
+    return _base_support(site) is constraints.boolean
+
+
+def _require_support(name: str, site: Any) -> None:
+    """Observed values must lie in the support; those of a binary site in [0, 1], for grey levels can be drawn."""
+    support = constraints.unit_interval if _is_binary(site) else _base_support(site)
+    value, shape = site["value"], site["fn"].shape()
+    if value.shape[max(0, value.ndim - len(shape)) :] != shape[max(0, len(shape) - value.ndim) :]:
+        raise ValueError(f"site '{name}' observes values of shape {tuple(value.shape)}, expected {tuple(shape)}")
+    if support is None or site["mask"] is not None:
+        return
+    if not bool(support.check(value).all()):
+        raise ValueError(
+            f"site '{name}' observes values outside the support of its {type(site['fn']).__name__}: expected "
+            f"{support}, got values from {value.min().item():.4g} to {value.max().item():.4g}"
+        )
+
+
+def _require_broadcast(program: Program, args: Any, kwargs: Any) -> None:
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), pyro.validation_enabled(False):
+            log_weights(program.model, program.guide, args, kwargs, num_particles=2)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(
+            "the program runs, but not with a plate of particles on the left of its own: write code that broadcasts "
+            "over leading dimensions (z[..., 0], not z[:, 0]), or use Program(model, guide, vectorize=False). "
+            f"The error was: {error}"
+        ) from error
+
+
+def _argument_of(name: str, site: Any, arguments: Mapping[str, Any]) -> str | None:
+    """The argument a site observes: the one of its name, else the one that is the very tensor."""
+    if name in arguments:
+        return name
+    return next((argument for argument, value in arguments.items() if value is site["value"]), None)

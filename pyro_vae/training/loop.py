@@ -1,0 +1,658 @@
+"""The training loop: stochastic gradient ascent on a bound, with evaluations, checkpoints and exact resumption.
+
+With :class:`pyro_vae.SGVB` it is the paper's Algorithm 1 (AEVB): draw a minibatch, draw noise, follow the gradient of the
+estimator, until the budget of training samples is spent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import platform
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+from zlib import crc32
+
+import pyro
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+import pyro_vae
+from pyro_vae.data import BatchIterable, Columns, Dataset, TensorData
+from pyro_vae.evaluation import BoundEstimate, evaluate_bound
+from pyro_vae.inputs import Inputs, open_inputs
+from pyro_vae.objectives import SGVB
+from pyro_vae.programs import HasModelAndGuide, Program, as_program
+from pyro_vae.training import random_state
+from pyro_vae.training.checkpoint import Checkpoint, CheckpointError, RunDirectory
+from pyro_vae.training.optimizers import OptimizerLike, load_state, make_optimizer, optimizer_name, state_tensors
+from pyro_vae.training.progress import Report, progress_bar
+from pyro_vae.training.step import NonFiniteLossError, Step, eager_step
+
+__all__ = ["Run", "TrainingInterrupted", "fit", "move_to"]
+
+_SECONDS_BETWEEN_CHECKPOINTS = 60.0
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training stopped on a signal, after the step in progress; the message says how to go on.
+
+    Attributes:
+        signal: number of the signal.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal = signal_number
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished training.
+
+    Attributes:
+        program: what was trained, in place.
+        history: a row per evaluation: "samples" (training samples seen), "seconds" (of training alone),
+            "train_bound", "test_bound", "test_bound_se" (nats per datum; None without test data), and "valid_bound",
+            "valid_bound_se" if validation data were asked for.
+        samples: training samples seen.
+        stopped_early: whether ``patience`` ended the run; the parameters are then those of the best validation bound.
+        run_dir: where it is stored, if it is.
+    """
+
+    program: Any
+    history: list[dict[str, Any]]
+    samples: int
+    stopped_early: bool
+    run_dir: Path | None
+
+    def __repr__(self) -> str:
+        last = self.history[-1] if self.history else {}
+        shown = ", ".join(f"{k} {last[k]:.2f}" for k in ("train_bound", "test_bound") if last.get(k) is not None)
+        return f"Run({self.samples:,} samples{', ' + shown if shown else ''})"
+
+
+@dataclass
+class _Position:
+    """Where a run stands. Everything but tensors that a resumed run must know."""
+
+    samples: int = 0
+    epoch: int = 0
+    batch: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_bound: float | None = None
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
+
+
+def fit(
+    program: HasModelAndGuide,
+    data: Any,
+    *,
+    objective: Any = None,
+    optimizer: OptimizerLike = "adagrad",
+    learning_rate: float | None = None,
+    batch_size: int = 100,
+    num_samples: int | None = None,
+    epochs: int | None = None,
+    test: Any = None,
+    valid: Any = None,
+    binarize: Literal["dynamic", "none"] | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    compile: bool = True,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    evaluate_every: int | None = None,
+    evaluation_size: int = 10_000,
+    checkpoint_every: int | None = None,
+    prior_scale: float | None = None,
+    kl_warmup: int | None = None,
+    max_grad_norm: float | None = None,
+    patience: int | None = None,
+    tensorboard: bool = False,
+) -> Run:
+    """Train a program on data by stochastic gradients of a bound (arXiv:1312.6114, Algorithm 1).
+
+    Args:
+        program: an object with ``.model`` and ``.guide``, trained in place: a model of this package, or
+            ``Program(model, guide)`` of your own functions.
+        data: a tensor (N, ...); a tuple (by position) or dict (by name) of tensors with an equal first dimension, which
+            is one data set; a result of :func:`pyro_vae.load_dataset`, whose test split is then evaluated; or an iterable
+            of batches (a DataLoader), which can be iterated over again.
+        objective: what to maximise: an objective of this package (None: ``SGVB()``) or any ELBO of Pyro's.
+        optimizer: a name or class of ``torch.optim``, or a function of the parameters that returns an optimiser.
+        learning_rate: None for 0.02 with Adagrad (as in the paper) and torch's default elsewhere.
+        batch_size: M; an iterable brings its own.
+        num_samples: training samples to see, the paper's x axis, counted from the start of the run; or
+        epochs: passes through the data. One of the two.
+        test: data to evaluate on, if ``data`` is no data set.
+        valid: data to stop early on, if ``data`` is no data set.
+        binarize: "dynamic" draws grey levels that a binary site observes anew at each read; "none" refuses them; None as
+            the data set says, else "dynamic".
+        seed: of every random number of the run. The generators of the surrounding code are left as they were.
+        device: where to train; None leaves the program where it is.
+        compile: take a compiled step where there is one. Every step is eager in this version.
+        run_dir: a new directory for configuration, metrics and checkpoints.
+        resume: go on from the checkpoint in ``run_dir``, bit for bit as if the run had never stopped; a directory without
+            one starts from scratch. Settings must be those of the run, except that the budget may be raised.
+        progress: show a bar if standard error is a terminal.
+        evaluate_every: samples between evaluations (None: an epoch, or a hundredth of the budget if that is more).
+        evaluation_size: evaluate on at most so many data of each split (the first ones).
+        checkpoint_every: samples between checkpoints (None: at each evaluation); at least once a minute in any case.
+        prior_scale: s of a prior N(0, s^2) on every parameter (maximum a posteriori; the paper's is 1). None: none.
+        kl_warmup: raise the weight of the KL term linearly from 0 to 1 over so many samples.
+        max_grad_norm: clip the gradient of the mean loss, in nats per datum, to this Euclidean norm.
+        patience: stop after so many evaluations without a better validation bound, and return to the best parameters.
+        tensorboard: write TensorBoard events into ``run_dir`` (needs the extra ``pyro-vae[tensorboard]``).
+
+    Returns:
+        The program, trained, and the history of its bounds.
+
+    Raises:
+        ValueError: an argument, the data or the program is not as stated; the message says what was expected and came.
+        RunDirectoryError: ``run_dir`` is in use or holds something else.
+        CheckpointError: the checkpoint is corrupt, or of another run, architecture or newer version.
+        NonFiniteLossError: the loss became NaN or infinite; the last good checkpoint is kept.
+        TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint was saved.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE(data_shape=(8, 8), latent_dim=2, hidden_dims=(16,))
+        >>> run = fit(vae, pv.load_dataset("digits"), epochs=2)
+        >>> run.samples, len(run.history)
+        (2594, 2)
+    """
+    settings = _Settings(
+        optimizer=optimizer_name(optimizer),
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        num_samples=num_samples,
+        epochs=epochs,
+        binarize=binarize,
+        seed=seed,
+        evaluate_every=evaluate_every,
+        evaluation_size=evaluation_size,
+        checkpoint_every=checkpoint_every,
+        prior_scale=prior_scale,
+        kl_warmup=kl_warmup,
+        max_grad_norm=max_grad_norm,
+        patience=patience,
+    )
+    directory = None if run_dir is None else RunDirectory(Path(run_dir))
+    if directory is None and (resume or tensorboard):
+        raise ValueError("resume and tensorboard need a run_dir")
+    bridged = as_program(program)
+    if device is not None:
+        move_to(bridged, device)
+    with random_state.seeded(seed):
+        trainer = _Trainer(bridged, SGVB() if objective is None else objective, optimizer, settings)
+        trainer.open(data, test, valid)
+    with random_state.seeded(seed), contextlib.ExitStack() as stack:
+        if directory is not None:
+            stack.enter_context(directory.locked())
+            trainer.attach(directory, resume, program, data)
+            trainer.board = stack.enter_context(_tensorboard(directory)) if tensorboard else None
+        stack.enter_context(pyro.validation_enabled(False))
+        trainer.train(progress)
+    position = trainer.position
+    return Run(program, position.history, position.samples, position.stopped_early, directory and directory.path)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The settings of a run that a resumed run must share, validated."""
+
+    optimizer: str
+    learning_rate: float | None
+    batch_size: int
+    num_samples: int | None
+    epochs: int | None
+    binarize: str | None
+    seed: int
+    evaluate_every: int | None
+    evaluation_size: int
+    checkpoint_every: int | None
+    prior_scale: float | None
+    kl_warmup: int | None
+    max_grad_norm: float | None
+    patience: int | None
+
+    def __post_init__(self) -> None:
+        if (self.num_samples is None) == (self.epochs is None):
+            raise ValueError(
+                "expected a budget as either num_samples or epochs, "
+                f"got num_samples={self.num_samples} and epochs={self.epochs}"
+            )
+        whole = ("num_samples", "epochs", "evaluate_every", "checkpoint_every", "kl_warmup", "patience")
+        for name in ("batch_size", "evaluation_size", *whole):
+            value = getattr(self, name)
+            if not (value is None and name in whole) and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        for name in ("learning_rate", "prior_scale", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {value!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: expected a whole number from 0 to 2^32 - 1, got {self.seed!r}")
+
+
+class _Trainer:
+    """A run in progress: what is trained, by what, on what, and how far it is."""
+
+    def __init__(self, program: Program, objective: Any, optimizer: OptimizerLike, settings: _Settings) -> None:
+        self.program, self.objective, self.settings = program, objective, settings
+        self._make_optimizer = optimizer
+        self.position = _Position()
+        self.directory: RunDirectory | None = None
+        self.board: Any = None
+        self.best: dict[str, Tensor] = {}
+        if settings.kl_warmup is not None and not isinstance(getattr(objective, "kl_weight", None), Tensor):
+            raise ValueError(f"kl_warmup: expected an objective with a kl_weight, got {objective!r}")
+
+    # Setting up -------------------------------------------------------------------------------------------------------
+
+    def open(self, data: Any, test: Any, valid: Any) -> None:
+        """Check the data against the program, and make the optimiser and the step."""
+        s = self.settings
+        self.train_inputs = self._inputs(data, "train")
+        self.test_inputs = self._held_out(data, test, "test")
+        self.valid_inputs = self._held_out(data, valid, "valid") if s.patience is not None else None
+        if s.patience is not None and self.valid_inputs is None:
+            raise ValueError("patience: expected validation data (valid=...) to stop early on, got none")
+        self.parameters = self.program.named_parameters()
+        if not self.parameters:
+            raise ValueError("the program has nothing to train: no pyro.param, pyro.module or module parameters")
+        self.optimizer: Optimizer = make_optimizer(
+            self._make_optimizer, list(self.parameters.values()), s.learning_rate
+        )
+        precision = 0.0 if s.prior_scale is None else 1 / (s.prior_scale**2 * self._num_data())
+        self.step: Step = eager_step(
+            self.program,
+            self.objective,
+            self.optimizer,
+            self.parameters,
+            prior_precision=precision,
+            max_grad_norm=s.max_grad_norm,
+        )
+
+    def _inputs(self, data: Any, split: str) -> Inputs:
+        s = self.settings
+        return open_inputs(self.program, data, binarize=s.binarize, split=split, batch_size=s.batch_size)
+
+    def _held_out(self, data: Any, given: Any, split: str) -> Inputs | None:
+        if given is not None:
+            return self._inputs(given, split)
+        return self._inputs(data, split) if isinstance(data, Dataset) else None
+
+    def _num_data(self) -> int:
+        data = self.train_inputs.data
+        if isinstance(data, TensorData):
+            return len(data)
+        try:
+            return len(data.batches.dataset)  # type: ignore[attr-defined]
+        except (AttributeError, TypeError) as error:
+            raise ValueError("prior_scale: the number of data must be known; this iterable does not say it") from error
+
+    def attach(self, directory: RunDirectory, resume: bool, program: Any, data: Any) -> None:
+        """Start a new run directory, or go on from the checkpoint in it."""
+        self.directory = directory
+        config = self._config(program, data)
+        if resume and directory.config_file.exists():
+            _require_same_run(directory.read_config(), config, directory)
+        else:
+            directory.require_new()
+        directory.write_config(config)
+        if resume and directory.state_file.exists():
+            self._load(directory.load())
+            directory.write_metrics(self.position.history)
+        else:
+            self._save()
+
+    def _config(self, program: Any, data: Any) -> dict[str, Any]:
+        return {
+            "pyro_vae_version": pyro_vae.__version__,
+            "program": _describe(program),
+            "objective": _describe(self.objective),
+            "parameters": {name: list(tensor.shape) for name, tensor in self.parameters.items()},
+            "data": _describe_data(data, self.train_inputs),
+            "fit": vars(self.settings),
+            "environment": {
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+                "threads": torch.get_num_threads(),
+                "device": str(next(iter(self.parameters.values())).device),
+                "dtype": str(next(iter(self.parameters.values())).dtype),
+            },
+        }
+
+    # The loop ---------------------------------------------------------------------------------------------------------
+
+    def train(self, progress: bool) -> None:
+        """Take steps until the budget is spent; evaluate, save and stop on the way as the settings say."""
+        self._saved_at = time.monotonic()
+        with progress_bar(progress, self._budget(), self.position.samples) as report, _Signals() as signals:
+            while not self._finished():
+                for columns in self._rest_of_epoch():
+                    self._take_step(columns)
+                    self._evaluate_and_save_if_due(report)
+                    if signals.received is not None:
+                        self._interrupt(signals.received)
+                    if self._finished():
+                        break
+                else:
+                    self.position.epoch, self.position.batch = self.position.epoch + 1, 0
+                    if self._every() is None:
+                        self._evaluate(report)
+            self._finish(report)
+
+    def _take_step(self, columns: Columns) -> None:
+        size = len(next(iter(columns.values())))
+        position, started = self.position, time.perf_counter()
+        if self.settings.kl_warmup is not None:
+            self.objective.kl_weight.fill_(min(1.0, position.samples / self.settings.kl_warmup))
+        args, kwargs = self.train_inputs.call(columns)
+        try:
+            self.step(args, kwargs, self.train_inputs.check.data_of(size))
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(
+                f"epoch {position.epoch}, batch {position.batch}, after {position.samples:,} samples: {error}{self._kept()}"
+            ) from None
+        position.samples += size
+        position.batch += 1
+        position.seconds += time.perf_counter() - started
+        self._newest = size
+
+    def _evaluate_and_save_if_due(self, report: Report) -> None:
+        every, save_every = self._every(), self.settings.checkpoint_every
+        report(self.position.samples, None)
+        if every is not None and self._crossed(every):
+            self._evaluate(report)
+            if save_every is None:
+                self._save()
+        if (save_every is not None and self._crossed(save_every)) or (
+            time.monotonic() - self._saved_at > _SECONDS_BETWEEN_CHECKPOINTS
+        ):
+            self._save()
+
+    def _crossed(self, every: int) -> bool:
+        return self.position.samples // every > (self.position.samples - self._newest) // every
+
+    def _every(self) -> int | None:
+        """Samples between evaluations; None for the end of each epoch, where an epoch's length is not known."""
+        if self.settings.evaluate_every is not None or not isinstance(self.train_inputs.data, TensorData):
+            return self.settings.evaluate_every
+        return max(len(self.train_inputs.data), (self._budget() or 0) // 100)
+
+    def _budget(self) -> int | None:
+        s = self.settings
+        if s.num_samples is not None or s.epochs is None:
+            return s.num_samples
+        return s.epochs * len(self.train_inputs.data) if isinstance(self.train_inputs.data, TensorData) else None
+
+    def _finished(self) -> bool:
+        budget, epochs = self._budget(), self.settings.epochs
+        spent = self.position.samples >= budget if budget is not None else self.position.epoch >= (epochs or 0)
+        return spent or self.position.stopped_early
+
+    def _rest_of_epoch(self) -> Iterator[Columns]:
+        data, position, s = self.train_inputs.data, self.position, self.settings
+        if isinstance(data, TensorData):
+            return data.shuffled(s.batch_size, s.seed, position.epoch, skip=position.batch)
+        if not hasattr(self, "_replay"):
+            self._replay = _replay(data, s.seed, position.epoch, position.batch)
+        return next(self._replay)
+
+    def _finish(self, report: Report) -> None:
+        history = self.position.history
+        if not history or history[-1]["samples"] != self.position.samples:
+            self._evaluate(report)
+        self._save()
+        if self.best:
+            _copy_into(self._model_tensors(), self.best)
+
+    # Evaluating -------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, report: Report) -> None:
+        position = self.position
+        train = self._bound(self.train_inputs) if isinstance(self.train_inputs.data, TensorData) else None
+        test = self._bound(self.test_inputs)
+        row: dict[str, Any] = {
+            "samples": position.samples,
+            "seconds": position.seconds,
+            "train_bound": train and train.mean,
+            "test_bound": test and test.mean,
+            "test_bound_se": test and test.std_error,
+        }
+        if (valid := self._bound(self.valid_inputs)) is not None:
+            row |= {"valid_bound": valid.mean, "valid_bound_se": valid.std_error}
+            self._note_best(valid.mean)
+        position.history.append(row)
+        if self.directory is not None:
+            self.directory.append_metrics(row)
+        if self.board is not None:
+            for name, value in row.items():
+                if name.endswith("bound") and value is not None:
+                    self.board.add_scalar(name, value, position.samples)
+        report(position.samples, row)
+
+    def _bound(self, inputs: Inputs | None) -> BoundEstimate | None:
+        if inputs is None:
+            return None
+        s = self.settings
+        num_data = s.evaluation_size if isinstance(inputs.data, TensorData) else None
+        return evaluate_bound(self.program, inputs, self.objective, num_data=num_data, seed=s.seed)
+
+    def _note_best(self, bound: float) -> None:
+        position = self.position
+        if position.best_bound is None or bound > position.best_bound:
+            position.best_bound, position.evaluations_since_best = bound, 0
+            self.best = {name: tensor.detach().clone() for name, tensor in self._model_tensors().items()}
+        else:
+            position.evaluations_since_best += 1
+            position.stopped_early = position.evaluations_since_best >= (self.settings.patience or math.inf)
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def _model_tensors(self) -> dict[str, Tensor]:
+        buffers = {f"buffers/{name}": buffer for name, buffer in self.program.named_buffers().items()}
+        return {f"parameters/{name}": tensor for name, tensor in self.parameters.items()} | buffers
+
+    def _save(self) -> None:
+        self._saved_at = time.monotonic()
+        if self.directory is None:
+            return
+        parts = {
+            "model": self._model_tensors(),
+            "best": self.best,
+            "optimizer": state_tensors(self.optimizer, list(self.parameters)),
+            "objective": self._objective_state(),
+            "random": random_state.capture(),
+        }
+        tensors = {f"{part}/{n}": t.detach() for part, named in parts.items() for n, t in named.items()}
+        try:
+            self.directory.save(Checkpoint(tensors, {"position": vars(self.position)}))
+        except OSError as error:
+            raise OSError(
+                error.errno, f"could not write a checkpoint in {self.directory.path}: {error.strerror}{self._kept()}"
+            ) from error
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        self.position = _Position(**checkpoint.state["position"])
+        _copy_into(self._model_tensors(), checkpoint.part("model"))
+        self.best = checkpoint.part("best")
+        load_state(self.optimizer, list(self.parameters), checkpoint.part("optimizer"))
+        if objective := checkpoint.part("objective"):
+            self.objective.load_state_dict(objective)
+        random_state.restore(checkpoint.part("random"))
+
+    def _objective_state(self) -> dict[str, Tensor]:
+        state_dict = getattr(self.objective, "state_dict", None)
+        return state_dict() if callable(state_dict) else {}
+
+    def _kept(self) -> str:
+        if self.directory is None or not self.directory.state_file.exists():
+            return ""
+        return f"; the last good checkpoint is kept in {self.directory.path}"
+
+    def _interrupt(self, number: int) -> None:
+        name = signal.Signals(number).name
+        message = f"stopped by {name} after {self.position.samples:,} samples"
+        if self.directory is None:
+            raise TrainingInterrupted(f"{message}; nothing was saved, for there is no run_dir", number)
+        self._save()
+        raise TrainingInterrupted(
+            f"{message}; saved in {self.directory.path}: go on with resume=True, or "
+            f"pyro-vae train --resume {self.directory.path}",
+            number,
+        )
+
+
+class _Signals:
+    """Notes Ctrl-C and SIGTERM while a step runs; a second one takes effect at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self.__exit__()
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _replay(data: BatchIterable, seed: int, epoch: int, batch: int) -> Iterator[Iterator[Columns]]:
+    """The epochs of an iterable from a position on; what came before is made again and left out.
+
+    The iterable draws from a random stream of its own, so that its order does not depend on what training draws.
+    """
+    stream = random_state.Stream(seed)
+
+    def one_epoch() -> Iterator[Columns]:
+        with stream.active():
+            batches = data.raw()
+        while True:
+            with stream.active():
+                columns = next(batches, None)
+            if columns is None:
+                return
+            yield data.reader(columns)
+
+    for _ in range(epoch):
+        for _ in one_epoch():
+            pass
+    yield itertools.islice(one_epoch(), batch, None)
+    while True:
+        yield one_epoch()
+
+
+def _copy_into(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Copy values into tensors of the same names and shapes, in place.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    stored = {name: tuple(t.shape) for name, t in values.items()}
+    if shapes != stored:
+        name = next(n for n in sorted(shapes.keys() | stored.keys()) if shapes.get(n) != stored.get(n))
+        raise CheckpointError(
+            f"the checkpoint is of another architecture: {name} has shape {stored.get(name, 'none')} there "
+            f"and {shapes.get(name, 'none')} here"
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(values[name])
+
+
+def _require_same_run(stored: dict[str, Any], config: dict[str, Any], directory: RunDirectory) -> None:
+    """Refuse to go on with other settings than the run's, the budget apart; warn of another environment."""
+    stored_parameters, parameters = stored.get("parameters", {}), config["parameters"]
+    if stored_parameters != parameters:
+        names = sorted(stored_parameters.keys() | parameters.keys())
+        name = next((n for n in names if stored_parameters.get(n) != parameters.get(n)), "their order")
+        raise CheckpointError(
+            f"{directory.path} holds a run of another architecture: '{name}' has shape {stored_parameters.get(name)} there "
+            f"and {parameters.get(name)} here"
+        )
+    config = json.loads(json.dumps(config))
+    for section in ("objective", "data", "fit"):
+        there, here = stored.get(section) or {}, config[section] or {}
+        for name in sorted(there.keys() | here.keys()):
+            if name not in ("num_samples", "epochs") and there.get(name) != here.get(name):
+                raise CheckpointError(
+                    f"{directory.path} holds a run with {name}={there.get(name)!r}, got {name}={here.get(name)!r}: a run is "
+                    "resumed with its own settings, except for the budget"
+                )
+    for name, value in config["environment"].items():
+        if (before := stored.get("environment", {}).get(name)) != value:
+            warnings.warn(
+                f"this run was trained with {name} {before}, now {value}: it goes on, but not bit for bit", stacklevel=4
+            )
+
+
+def _describe(thing: Any) -> dict[str, Any]:
+    """Type and, where it has one, configuration of a program or an objective, as JSON can hold them."""
+    config = getattr(thing, "config", None)
+    return {"type": type(thing).__name__} | ({"config": config} if isinstance(config, dict) else {})
+
+
+def _describe_data(data: Any, inputs: Inputs) -> dict[str, Any]:
+    """Enough of the data to know them again: name and place if they have one, and a checksum of tensors."""
+    named = {"source": data.source, "binarize": data.binarize} if isinstance(data, Dataset) else {}
+    if not isinstance(inputs.data, TensorData):
+        return {**named, "checksum": None}
+    checksum = 0
+    for name, column in inputs.data.columns.items():
+        checksum = crc32(column.detach().cpu().contiguous().view(torch.uint8).numpy(), crc32(name.encode(), checksum))
+    return {**named, "num_data": len(inputs.data), "checksum": checksum}
+
+
+def move_to(program: HasModelAndGuide, device: str | torch.device) -> None:
+    """Move a program's modules and parameters to a device, in place.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        target = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: expected one that this machine has, got {str(device)!r} ({reason})") from error
+    bridged = as_program(program)
+    for module in bridged.modules().values():
+        module.to(target)
+    for tensor in bridged.named_parameters().values():
+        tensor.data = tensor.data.to(target)
+
+
+@contextlib.contextmanager
+def _tensorboard(directory: RunDirectory) -> Iterator[Any]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError('tensorboard: expected the package to be installed: pip install "pyro-vae[tensorboard]"') from error
+    with SummaryWriter(str(directory.path)) as writer:
+        yield writer

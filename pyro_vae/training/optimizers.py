@@ -1,0 +1,101 @@
+"""Optimisers by name, and their state as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["OptimizerLike", "load_state", "make_optimizer", "optimizer_name", "state_tensors"]
+
+OptimizerLike = str | type[Optimizer] | Callable[[Sequence[Tensor]], Optimizer]
+
+_BY_NAME: dict[str, type[Optimizer]] = {
+    name.lower(): cls
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
+}
+_LEARNING_RATES = {"adagrad": 0.02}  # of the paper's grid {0.01, 0.02, 0.1}; elsewhere torch's own defaults
+_REFUSED = {
+    "lbfgs": "it evaluates the loss several times a step, on noise that must stay the same",
+    "sparseadam": "it takes sparse gradients only",
+}
+
+
+def optimizer_name(optimizer: OptimizerLike) -> str:
+    """The name under which a run records an optimiser."""
+    return optimizer.lower() if isinstance(optimizer, str) else getattr(optimizer, "__name__", repr(optimizer)).lower()
+
+
+def make_optimizer(
+    optimizer: OptimizerLike, parameters: Sequence[Tensor], learning_rate: float | None = None
+) -> Optimizer:
+    """An optimiser of ``torch.optim`` over all parameters at once, in its fused form where torch has one.
+
+    Args:
+        optimizer: a name such as "adagrad" or "adam"; a class of ``torch.optim``; or a function of the parameters that
+            returns an optimiser, which then knows its own learning rate.
+        parameters: leaf tensors.
+        learning_rate: None for 0.02 with Adagrad (the paper's grid: 0.01, 0.02, 0.1) and torch's default elsewhere.
+
+    Returns:
+        The optimiser.
+
+    Raises:
+        ValueError: an unknown name (the nearest is suggested), an optimiser that can't do stochastic steps, a learning
+            rate that is not positive, or one given beside a function.
+    """
+    if learning_rate is not None and not learning_rate > 0:
+        raise ValueError(f"learning_rate: expected a positive number, got {learning_rate!r}")
+    name = optimizer_name(optimizer)
+    if name in _REFUSED:
+        raise ValueError(f"optimizer {name!r} cannot train by stochastic gradients: {_REFUSED[name]}")
+    if isinstance(optimizer, str):
+        if name not in _BY_NAME:
+            near = get_close_matches(name, _BY_NAME, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"optimizer: expected one of {', '.join(sorted(_BY_NAME))}, got {optimizer!r}{hint}")
+        optimizer = _BY_NAME[name]
+    if not isinstance(optimizer, type):
+        if learning_rate is not None:
+            raise ValueError("learning_rate: expected None beside a function that makes the optimiser")
+        return optimizer(parameters)
+    rate = learning_rate or _LEARNING_RATES.get(name)
+    return _fused(optimizer, parameters, {} if rate is None else {"lr": rate})
+
+
+def _fused(cls: type[Optimizer], parameters: Sequence[Tensor], options: dict[str, Any]) -> Optimizer:
+    try:
+        return cls(parameters, **options, fused=True)  # type: ignore[call-arg]
+    except (TypeError, RuntimeError):  # no fused form, of this optimiser or on this device
+        return cls(parameters, **options)
+
+
+def state_tensors(optimizer: Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
+    """The optimiser's state as tensors by parameter and name; plain numbers become scalar tensors.
+
+    Args:
+        optimizer: over parameters in the order of ``names``.
+        names: names of its parameters.
+    """
+    return {
+        f"{names[index]}/{key}": torch.as_tensor(value).clone()
+        for index, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+        if value is not None
+    }
+
+
+def load_state(optimizer: Optimizer, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`state_tensors` gave; groups (rates, momenta) stay as the optimiser was made."""
+    state: dict[int, dict[str, Any]] = {}
+    for index, name in enumerate(names):
+        prefix = f"{name}/"
+        own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        if own:
+            state[index] = own
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

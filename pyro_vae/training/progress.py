@@ -1,0 +1,50 @@
+"""The progress bar: what a person watches while a run trains."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["Report", "progress_bar"]
+
+Report = Callable[[int, "dict[str, Any] | None"], None]
+"""(samples seen, newest row of the history) -> None."""
+
+
+@contextlib.contextmanager
+def progress_bar(enabled: bool, total: int | None, done: int) -> Iterator[Report]:
+    """A bar on standard error with the newest bounds; silent where that is not a terminal.
+
+    Args:
+        enabled: False shows nothing.
+        total: samples of the whole run, None if not known.
+        done: samples seen already.
+    """
+    console = Console(stderr=True)
+    if not (enabled and console.is_terminal):
+        yield lambda samples, row: None
+        return
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} samples"),
+        TextColumn("[bold]{task.fields[bounds]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=total, completed=done, bounds="")
+
+        def report(samples: int, row: dict[str, Any] | None) -> None:
+            progress.update(task, completed=samples, bounds="" if row is None else _bounds(row))
+
+        yield report
+
+
+def _bounds(row: dict[str, Any]) -> str:
+    shown = [f"{name[:-6]} {row[name]:.2f}" for name in ("train_bound", "test_bound") if row.get(name) is not None]
+    return "bound: " + ", ".join(shown) + " nats"
