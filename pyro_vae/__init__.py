@@ -61,7 +61,7 @@ _HOMES = {
     "log_weights": "programs",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """The command line: ``pyro-vae train | evaluate | sample | plot | datasets``. The only file that prints.
 
-Exit codes: 0 done; 1 an error of this program's own; 2 bad input, an unusable file or a loss that is not finite; 128 + n
-stopped by signal n (130 Ctrl-C, 143 SIGTERM). torch is imported inside the commands, so that ``--help`` is quick.
+Exit codes: 0 done; 1 an error of this program's own; 2 bad input, an unusable file or a loss that is not finite;
+128 + n stopped by signal n (130 Ctrl-C, 143 SIGTERM). torch is imported inside the commands, so that ``--help`` is
+quick.
 """
 
 from __future__ import annotations
@@ -119,99 +120,60 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
         raise ValueError(f"--hidden-dims: expected whole numbers such as 500 or 500,200, got {text!r}") from None
 
 
-_DATA, _MODEL, _OBJECTIVE, _TRAINING, _STORAGE = "Data", "Model", "Objective", "Training", "Run directory"
+_data = functools.partial(typer.Option, rich_help_panel="Data")
+_model = functools.partial(typer.Option, rich_help_panel="Model")
+_objective = functools.partial(typer.Option, rich_help_panel="Objective")
+_training = functools.partial(typer.Option, rich_help_panel="Training")
+_storage = functools.partial(typer.Option, rich_help_panel="Run directory")
 
-Root = Annotated[
-    Path | None,
-    typer.Option(help="Folder with the data sets, or where to download them to.", envvar="PYRO_VAE_DATA", show_default=False),
-]
+_ROOT_HELP = "Folder with the data sets, or where to download them to."
+_BINARIZE_HELP = "'dynamic' draws grey levels anew at each read, 'none' refuses them; by default as the data set says."
+_PRIOR_HELP = "Maximum a posteriori: scale of a Gaussian prior on every parameter (the paper: 1)."
+_EVALUATE_HELP = "Samples between evaluations; by default an epoch, or a hundredth of the budget."
+_CHECKPOINT_HELP = "Samples between checkpoints; by default at each evaluation, and once a minute."
+
+Root = Annotated[Path | None, typer.Option(help=_ROOT_HELP, envvar="PYRO_VAE_DATA")]
 RunPath = Annotated[Path, typer.Argument(help="Directory of a run, as written by train.", metavar="RUN")]
 Seed = Annotated[int, typer.Option(help="Seed of the random numbers.", min=0)]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.")]
 
 
 @_command("pyro-vae train --dataset mnist --latent-dim 20 --num-samples 1000000 --run-dir runs/mnist")
 def train(
     context: typer.Context,
     dataset: Annotated[
-        str,
-        typer.Option(help="Name of a data set (see `datasets`), a .npy or .npz file, or a folder of images.", rich_help_panel=_DATA),
+        str, _data(help="A name (see `datasets`), a .npy or .npz file, or a folder of images.")
     ] = "digits",
-    root: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder with the data sets, or where to download them to.",
-            envvar="PYRO_VAE_DATA",
-            show_default=False,
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    binarize: Annotated[
-        str | None,
-        typer.Option(
-            help="'dynamic' draws grey levels anew at each read where the likelihood is binary, 'none' refuses them; "
-            "by default as the data set says.",
-            show_default=False,
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    latent_dim: Annotated[int, typer.Option(help="Dimension of z.", rich_help_panel=_MODEL)] = 20,
-    hidden_dims: Annotated[
-        str, typer.Option(help="Widths of the encoder's hidden layers, such as 500 or 500,200; the decoder mirrors them.", rich_help_panel=_MODEL)
-    ] = "500",
-    likelihood: Annotated[str, typer.Option(help="bernoulli (binary data) or gaussian (data in \\[0, 1]).", rich_help_panel=_MODEL)] = "bernoulli",
-    activation: Annotated[str, typer.Option(help="tanh, relu or softplus.", rich_help_panel=_MODEL)] = "tanh",
-    init: Annotated[str, typer.Option(help="default (torch's) or paper: N(0, 0.01).", rich_help_panel=_MODEL)] = "default",
-    objective: Annotated[str, typer.Option(help="What to maximise: sgvb.", rich_help_panel=_OBJECTIVE)] = "sgvb",
-    num_particles: Annotated[int, typer.Option(help="Draws of z per datum and step (the paper's L).", rich_help_panel=_OBJECTIVE)] = 1,
-    estimator: Annotated[str, typer.Option(help="SGVB's: A samples the KL term, B takes it in closed form.", rich_help_panel=_OBJECTIVE)] = "A",
-    kl_warmup: Annotated[
-        int | None, typer.Option(help="Raise the KL term's weight from 0 to 1 over so many samples.", show_default=False, rich_help_panel=_OBJECTIVE)
-    ] = None,
-    prior_scale: Annotated[
-        float | None,
-        typer.Option(help="Maximum a posteriori: standard deviation of a Gaussian prior on every parameter (the paper: 1).", show_default=False, rich_help_panel=_OBJECTIVE),
-    ] = None,
-    optimizer: Annotated[str, typer.Option(help="Any of torch.optim by name, such as adagrad or adam.", rich_help_panel=_TRAINING)] = "adagrad",
-    learning_rate: Annotated[
-        float | None, typer.Option(help="By default 0.02 for adagrad, torch's own elsewhere.", show_default=False, rich_help_panel=_TRAINING)
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Data per step.", rich_help_panel=_TRAINING)] = 100,
-    num_samples: Annotated[
-        int | None, typer.Option(help="Budget in training samples seen; 1,000,000 if no --epochs either.", show_default=False, rich_help_panel=_TRAINING)
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Budget in passes through the data.", show_default=False, rich_help_panel=_TRAINING)] = None,
-    max_grad_norm: Annotated[float | None, typer.Option(help="Clip the gradient to this norm.", show_default=False, rich_help_panel=_TRAINING)] = None,
-    patience: Annotated[
-        int | None, typer.Option(help="Stop after so many evaluations without a better validation bound.", show_default=False, rich_help_panel=_TRAINING)
-    ] = None,
-    evaluate_every: Annotated[
-        int | None, typer.Option(help="Samples between evaluations; by default an epoch, or a hundredth of the budget.", show_default=False, rich_help_panel=_TRAINING)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random numbers.", rich_help_panel=_TRAINING)] = 0,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.", show_default=False, rich_help_panel=_TRAINING)] = None,
-    run_dir: Annotated[
-        Path | None, typer.Option(help="New directory of the run; by default runs/DATASET-TIME.", show_default=False, rich_help_panel=_STORAGE)
-    ] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            help="Go on with the run in this directory, bit for bit; only the budget can be given anew.",
-            show_default=False,
-            rich_help_panel=_STORAGE,
-        ),
-    ] = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(help="Samples between checkpoints; by default at each evaluation, and once a minute.", show_default=False, rich_help_panel=_STORAGE)
-    ] = None,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events into the run directory.", rich_help_panel=_STORAGE)] = False,
+    root: Annotated[Path | None, _data(help=_ROOT_HELP, envvar="PYRO_VAE_DATA")] = None,
+    binarize: Annotated[str | None, _data(help=_BINARIZE_HELP)] = None,
+    latent_dim: Annotated[int, _model(help="Dimension of z.")] = 20,
+    hidden_dims: Annotated[str, _model(help="Widths of the encoder's hidden layers, such as 500 or 500,200.")] = "500",
+    likelihood: Annotated[str, _model(help="bernoulli (binary data) or gaussian (data from 0 to 1).")] = "bernoulli",
+    activation: Annotated[str, _model(help="tanh, relu or softplus.")] = "tanh",
+    init: Annotated[str, _model(help="default (torch's) or paper: N(0, 0.01).")] = "default",
+    objective: Annotated[str, _objective(help="What to maximise: sgvb.")] = "sgvb",
+    num_particles: Annotated[int, _objective(help="Draws of z per datum and step (the paper's L).")] = 1,
+    estimator: Annotated[str, _objective(help="SGVB's: A samples the KL term, B takes it in closed form.")] = "A",
+    kl_warmup: Annotated[int | None, _objective(help="Raise the KL weight from 0 to 1 over so many samples.")] = None,
+    prior_scale: Annotated[float | None, _objective(help=_PRIOR_HELP)] = None,
+    optimizer: Annotated[str, _training(help="Any of torch.optim by name, such as adagrad or adam.")] = "adagrad",
+    learning_rate: Annotated[float | None, _training(help="By default 0.02 for adagrad, else torch's own.")] = None,
+    batch_size: Annotated[int, _training(help="Data per step.")] = 100,
+    num_samples: Annotated[int | None, _training(help="Budget in training samples; 1,000,000 if no --epochs.")] = None,
+    epochs: Annotated[int | None, _training(help="Budget in passes through the data.")] = None,
+    max_grad_norm: Annotated[float | None, _training(help="Clip the gradient to this norm.")] = None,
+    patience: Annotated[int | None, _training(help="Stop after so many evaluations without a better bound.")] = None,
+    evaluate_every: Annotated[int | None, _training(help=_EVALUATE_HELP)] = None,
+    seed: Annotated[int, _training(help="Seed of the random numbers.")] = 0,
+    device: Annotated[str | None, _training(help="Such as cpu or cuda.")] = None,
+    run_dir: Annotated[Path | None, _storage(help="New directory of the run; by default runs/DATASET-TIME.")] = None,
+    resume: Annotated[Path | None, _storage(help="Go on with the run in this directory, bit for bit.")] = None,
+    checkpoint_every: Annotated[int | None, _storage(help=_CHECKPOINT_HELP)] = None,
+    tensorboard: Annotated[bool, _storage("--tensorboard", help="Write TensorBoard events too.")] = False,
     config: Annotated[
         Path | None,
-        typer.Option(
-            help="TOML file with values for these options; the command line overrides it.",
-            callback=_read_config,
-            is_eager=True,
-            show_default=False,
-            rich_help_panel=_STORAGE,
+        _storage(
+            help="TOML file of these options; the command line overrides it.", callback=_read_config, is_eager=True
         ),
     ] = None,
 ) -> None:
@@ -229,7 +191,9 @@ def train(
     shape = tuple(data.train.shape[1:])
     vae = pv.VAE(shape, latent_dim, _whole_numbers(hidden_dims), likelihood, activation, init)
     directory = run_dir or Path("runs", f"{data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    console.print(f"training a VAE {shape} -> {latent_dim} on {data.name} ({len(data.train):,} training data) in {directory}")
+    console.print(
+        f"training a VAE {shape} -> {latent_dim} on {data.name} ({len(data.train):,} training data) in {directory}"
+    )
     budget = 1_000_000 if num_samples is None and epochs is None else num_samples
     passed = ("optimizer", "learning_rate", "batch_size", "epochs", "seed", "device", "evaluate_every")
     more = ("checkpoint_every", "prior_scale", "kl_warmup", "max_grad_norm", "patience", "tensorboard")
@@ -250,7 +214,9 @@ def _make_objective(name: str, **options: Any) -> Any:
 
     if name.lower() not in OBJECTIVES:
         near = get_close_matches(name.lower(), OBJECTIVES, n=1, cutoff=0.0)
-        raise ValueError(f"--objective: expected one of {', '.join(OBJECTIVES)}, got {name!r}; did you mean {near[0]!r}?")
+        raise ValueError(
+            f"--objective: expected one of {', '.join(OBJECTIVES)}, got {name!r}; did you mean {near[0]!r}?"
+        )
     return OBJECTIVES[name.lower()](**options)
 
 
@@ -263,7 +229,9 @@ def _resume(context: typer.Context, options: Mapping[str, Any]) -> None:
     free = {"resume", "root", "num_samples", "epochs", "device", "tensorboard", "config"}
     given = {n for n in options if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"}
     if fixed := sorted(given - free):
-        raise ValueError(f"--resume takes every setting but the budget from the run; got also --{fixed[0].replace('_', '-')}")
+        raise ValueError(
+            f"--resume takes every setting but the budget from the run; got also --{fixed[0].replace('_', '-')}"
+        )
     directory = RunDirectory(Path(options["resume"]))
     if not directory.path.is_dir():
         raise RunDirectoryError(f"expected the directory of a run, but there is no {directory.path}")
@@ -306,12 +274,12 @@ def evaluate(
     run: RunPath,
     num_particles: Annotated[int, typer.Option(help="Importance samples per datum (K).")] = 1000,
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
-    num_data: Annotated[int | None, typer.Option(help="Score only the first so many data.", show_default=False, min=1)] = None,
+    num_data: Annotated[int | None, typer.Option(help="Score only the first so many data.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Data at a time.")] = 100,
     root: Root = None,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.", show_default=False)] = None,
+    device: Device = None,
     seed: Seed = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file too.", show_default=False)] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file too.")] = None,
 ) -> None:
     """Score a run: its bound and its importance-sampled log p(x), with standard errors."""
     from dataclasses import replace
@@ -326,9 +294,7 @@ def evaluate(
     data = replace(data, test=data.test[:num_data])
     program = as_program(stored.program)
     bound = evaluate_bound(program, open_inputs(program, data, split="test"), pv.SGVB(), seed=seed)
-    score = pv.log_marginal(
-        stored.program, data, num_particles=num_particles, batch_size=batch_size, seed=seed
-    )
+    score = pv.log_marginal(stored.program, data, num_particles=num_particles, batch_size=batch_size, seed=seed)
     ess = score.diagnostics["ess"]
     table = Table(title=f"{data.name}, {split}: {len(score.values):,} data, nats per datum")
     for column in ("score", "mean", "standard error", "Monte Carlo error", "ESS: median (least)"):
@@ -364,7 +330,8 @@ def sample(
     run: RunPath,
     num: Annotated[int, typer.Option(help="How many.", min=1)] = 64,
     output: Annotated[
-        Path | None, typer.Option(help=".png (a mosaic) or .npy (the array); by default RUN/figures/samples.png.", show_default=False)
+        Path | None,
+        typer.Option(help="A .png (mosaic) or .npy file; by default RUN/figures/samples.png."),
     ] = None,
     mean: Annotated[bool, typer.Option("--mean/--draw", help="Means of p(x | z), or draws of x.")] = True,
     seed: Seed = 0,
@@ -395,9 +362,10 @@ _KINDS = ("curves", "samples", "reconstructions", "latents", "manifold", "traver
 def plot(
     run: RunPath,
     kind: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(_KINDS)}; may be repeated. All that apply by default.", show_default=False)
+        list[str] | None,
+        typer.Option(help=f"One of {', '.join(_KINDS)}; may be repeated; by default all."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the pictures; RUN/figures by default.", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the pictures; RUN/figures by default.")] = None,
     root: Root = None,
     seed: Seed = 0,
 ) -> None:
@@ -425,7 +393,6 @@ def _pictures(stored: StoredRun, root: Path | None, seed: int) -> dict[str, Call
     import torch
 
     from pyro_vae import plots
-    from pyro_vae.data import Dataset
     from pyro_vae.inputs import open_inputs
     from pyro_vae.programs import as_program
 
@@ -482,7 +449,7 @@ def _pictures(stored: StoredRun, root: Path | None, seed: int) -> dict[str, Call
 def _without_gradients(make: Callable[[], Figure]) -> Callable[[], Figure]:
     import torch
 
-    return torch.no_grad()(make)  # type: ignore[no-any-return]
+    return torch.no_grad()(make)
 
 
 @_command("pyro-vae datasets --root /data")
@@ -496,7 +463,14 @@ def datasets(root: Root = None) -> None:
         table.add_column(column)
     for name, info in DATASETS.items():
         sizes = ", ".join(f"{size:,}" for size in info.sizes)
-        table.add_row(name, "x".join(map(str, info.shape)), sizes, info.binarize, "yes" if is_available(name, root) else "no", info.split)
+        table.add_row(
+            name,
+            "x".join(map(str, info.shape)),
+            sizes,
+            info.binarize,
+            "yes" if is_available(name, root) else "no",
+            info.split,
+        )
     console.print(table)
     console.print("or the path of a .npy or .npz file or of a folder of images")
 
@@ -531,7 +505,9 @@ def _images(x: NDArray[Any]) -> NDArray[Any]:
         ValueError: they are not pictures.
     """
     if not _is_image(x.shape[1:]):
-        raise ValueError(f"expected images (n, H, W) or (n, H, W, C), got data of shape {x.shape}: choose a .npy output")
+        raise ValueError(
+            f"expected images (n, H, W) or (n, H, W, C), got data of shape {x.shape}: choose a .npy output"
+        )
     return x[..., 0] if x.ndim == 4 and x.shape[-1] == 1 else x
 
 

@@ -94,19 +94,17 @@ def open_inputs(
         return Inputs(replace(tensors, reader=reader).resident(), by_name, check)
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
         raise ValueError(
-            "expected data as a tensor, a tuple or dict of tensors, a data set of load_dataset or an iterable of batches; "
-            f"got {type(data).__name__}"
+            "expected data as a tensor, a tuple or dict of tensors, a data set of load_dataset or an iterable of "
+            f"batches; got {type(data).__name__}"
         )
     return _open_batches(program, BatchIterable(data, names, reader), binarize)
 
 
 def _open_batches(program: Program, batches: BatchIterable, binarize: str | None) -> Inputs:
-    first = next(iter(batches.batches), None)
-    columns = next(batches.raw(), None) if first is not None else None
-    if columns is None:
-        raise ValueError("expected at least one batch of data, got an empty iterable")
-    by_name = isinstance(first, Mapping)
-    check, reader = _fit_reader(program, columns, batches.reader, by_name, binarize, len(next(iter(columns.values()))))
+    first = batches.first()
+    columns, by_name = batches.columns(first), isinstance(first, Mapping)
+    size = len(next(iter(columns.values())))
+    check, reader = _fit_reader(program, columns, batches.reader, by_name, binarize, size)
     return Inputs(replace(batches, reader=reader), by_name, check)
 
 
@@ -124,10 +122,17 @@ def _fit_reader(
     few = reader({name: column[:batch_size] for name, column in columns.items()})
     args, kwargs = ((), few) if by_name else (tuple(few.values()), {})
     check = check_program(program, args, kwargs)
+    rows = len(next(iter(few.values())))
+    if check.batch_size != rows:
+        raise ValueError(
+            f'the plate "data" holds {check.batch_size} data where the program is given {rows} rows: one row is one '
+            "datum, and minibatches are cut before the program is called; it states the size of the whole data set by "
+            'pyro.plate("data", N, subsample_size=len(x))'
+        )
     grey = {name for name in check.binary_arguments & columns.keys() if is_grey(name, columns[name])}
     if grey and binarize == "none":
         raise ValueError(
-            f"data {sorted(grey)} are observed by a binary site: expected values 0 and 1 (0 and 255 for uint8), got grey "
-            'levels; binarize="dynamic" draws them anew at each read, or choose a likelihood for real numbers'
+            f"data {sorted(grey)} are observed by a binary site: expected values 0 and 1 (0 and 255 for uint8), got "
+            'grey levels; binarize="dynamic" draws them anew at each read, or choose a likelihood for real numbers'
         )
     return check, replace(reader, drawn=frozenset(grey))

@@ -74,19 +74,15 @@ def summarize_weights(chunks: Iterable[Tensor]) -> WeightSummary:
         >>> bool(torch.isclose(whole.log_mean, parts.log_mean).all())
         True
     """
-    log_sum: Tensor | None = None
+    log_sums: list[tuple[Tensor, Tensor]] = []
     num_particles = 0
     for log_w in chunks:
-        log_w = log_w.double()
-        part = log_w.logsumexp(0), (2 * log_w).logsumexp(0)
-        log_sum, log_sum_squares = (
-            part
-            if log_sum is None
-            else (torch.logaddexp(log_sum, part[0]), torch.logaddexp(log_sum_squares, part[1]))
-        )
+        wide = log_w.double()
+        log_sums.append((wide.logsumexp(0), (2 * wide).logsumexp(0)))
         num_particles += log_w.shape[0]
-    if log_sum is None:
+    if not log_sums:
         raise ValueError("expected at least one chunk of log weights, got none")
+    log_sum, log_sum_squares = (torch.stack(part).logsumexp(0) for part in zip(*log_sums, strict=True))
     ess = (2 * log_sum - log_sum_squares).exp().clamp(1.0, num_particles)
     return WeightSummary(log_sum - math.log(num_particles), ess, num_particles)
 

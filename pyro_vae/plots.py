@@ -100,9 +100,7 @@ def plot_learning_curves(
     ('log', 'training samples')
     """
     if not isinstance(curves, Mapping) or not curves:
-        raise ValueError(
-            f"curves: expected a mapping from labels to curves, came {type(curves)}, maybe empty"
-        )
+        raise ValueError(f"curves: expected a mapping from labels to curves, came {type(curves)}, maybe empty")
     figure = Figure(figsize=(4.6, 3.2), layout="constrained")
     axes = figure.add_subplot(xlabel="training samples", ylabel=ylabel, xscale="log", title=title or "")
     for i, (label, curve) in enumerate(curves.items()):
@@ -298,9 +296,7 @@ def plot_reconstructions(
 
 
 @_styled
-def plot_traversals(
-    images: npt.ArrayLike, *, values: npt.ArrayLike | None = None, title: str | None = None
-) -> Figure:
+def plot_traversals(images: npt.ArrayLike, *, values: npt.ArrayLike | None = None, title: str | None = None) -> Figure:
     """Show what each latent dimension does: a row per dimension, a column per value it takes.
 
     Args:
@@ -527,9 +523,7 @@ def _project(codes: Floats, method: str, seed: int) -> tuple[Floats, list[str]]:
     return points, [f"PC {i} ({share:.1%} of variance)" for i, share in enumerate(shares, 1)]
 
 
-def _draw_strip(
-    axes: Axes, x: Floats, tags: npt.NDArray[Any] | None, texts: dict[Any, str], seed: int
-) -> None:
+def _draw_strip(axes: Axes, x: Floats, tags: npt.NDArray[Any] | None, texts: dict[Any, str], seed: int) -> None:
     if tags is None:
         axes.hist(x, bins=int(np.clip(len(x) ** 0.5, 5, 60)), color=LINE_COLOURS[0], alpha=0.8)
         axes.set_ylabel("count")

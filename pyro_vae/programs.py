@@ -31,9 +31,9 @@ from weakref import WeakKeyDictionary
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.distributions.util import broadcast_shape, scale_and_mask
 from pyro.params.param_store import ParamStoreDict
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import constraints, kl_divergence
@@ -133,6 +133,18 @@ class Program:
                     found[name] = value
         return found
 
+    @contextlib.contextmanager
+    def evaluation_mode(self) -> Iterator[None]:
+        """Every module in evaluation mode, and back afterwards: no dropout, running statistics left as they are."""
+        training = [m for module in self.modules().values() for m in module.modules() if m.training]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
     def named_parameters(self) -> dict[str, Tensor]:
         """The trainable leaf tensors by name, unconstrained; complete once the functions have run once.
 
@@ -158,15 +170,26 @@ class Program:
         }
 
 
-class _OwnParameters(Messenger):
-    """Answer ``pyro.param`` from a store of its own instead of the global one."""
+class _OwnParameters:
+    """A parameter store in the place of Pyro's global one while the context lasts.
+
+    Contents are exchanged, rather than ``pyro.param`` answered from elsewhere, since a PyroModule (every AutoGuide is
+    one) reads and writes the global store's dictionaries directly.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
         self.store = ParamStoreDict()
+        self._outer: list[dict[str, Any]] = []
 
-    def _pyro_param(self, msg: Any) -> None:
-        msg["fn"] = self.store.get_param
+    def __enter__(self) -> None:
+        contents = vars(pyro.get_param_store())
+        self._outer.append(dict(contents))
+        contents.update(vars(self.store))
+
+    def __exit__(self, *_: object) -> None:
+        contents = vars(pyro.get_param_store())
+        vars(self.store).update(contents)
+        contents.update(self._outer.pop())
 
 
 def _owner(function: PyroFunction) -> Any:
@@ -217,8 +240,9 @@ class LogWeights:
         latents: guide draws by site, (K, M, *event) or (K, *event).
         log_likelihood: log p(x | z) of each observed site.
         log_prior: log p(z) of each latent site, given its parents.
-        log_guide: log q(z | x) of each latent site.
-        analytic_kl: KL(q(z | x) || p(z)) of the sites where it was taken in closed form (then absent from the two above).
+        log_guide: log q(z | x) of each latent site, and of the guide's auxiliary ones: an AutoGuide draws an auxiliary
+            variable and maps it to the latent by a Delta, whose density is the map's log Jacobian only.
+        analytic_kl: KL(q(z | x) || p(z)) of the sites where it was taken in closed form, absent from the two above.
         scale: N / M, the number of data over the size of the minibatch.
     """
 
@@ -232,24 +256,24 @@ class LogWeights:
     @property
     def kl(self) -> dict[str, Tensor]:
         """Per latent site, log q - log p at the draws (its KL divergence in expectation) or the analytic KL."""
-        sampled = {name: self.log_guide[name] - self.log_prior[name] for name in self.log_guide}
+        sampled = {name: log_q - self.log_prior.get(name, 0.0) for name, log_q in self.log_guide.items()}
         return sampled | self.analytic_kl
 
     @property
     def log_w(self) -> Tensor:
-        """log p(x, z) - log q(z | x) of the sites in the data plate, shape (K, M)."""
+        """Log p(x, z) - log q(z | x) of the sites in the data plate, shape (K, M)."""
         return self._sum_of_terms(ndim=2)
 
     @property
     def log_w_global(self) -> Tensor | None:
-        """log p - log q of the sites outside the data plate, shape (K,); None if there is no such site."""
-        has_globals = any(term.ndim == 1 for term in (self.log_likelihood | self.log_prior).values())
-        return self._sum_of_terms(ndim=1) if has_globals else None
+        """Log p - log q of the sites outside the data plate, shape (K,); None if there is no such site."""
+        return self._sum_of_terms(ndim=1) if self.global_sites else None
 
     @property
     def global_sites(self) -> list[str]:
-        """Latent sites outside the data plate."""
-        return sorted(name for name, term in self.log_guide.items() if term.ndim == 1)
+        """Sites outside the data plate, latent or observed."""
+        terms = self.log_likelihood | self.log_prior | self.log_guide | self.analytic_kl
+        return sorted(name for name, term in terms.items() if term.ndim == 1)
 
     def _sum_of_terms(self, ndim: int) -> Tensor:
         if self.analytic_kl:
@@ -300,20 +324,21 @@ def log_weights(
 def _run(
     model: PyroFunction, guide: PyroFunction, args: Any, kwargs: Any, analytic_kl: bool, reparameterized: bool
 ) -> LogWeights:
-    q = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
-    p = prune_subsample_sites(poutine.trace(poutine.replay(model, trace=q)).get_trace(*args, **kwargs))
-    observed, latent = _split(p)
-    drawn = _guide_sites(q)
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    # Replayed with the subsamples of its plates: a plate that draws its own minibatch draws the guide's.
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    observed, latent = _split(prune_subsample_sites(model_trace))
+    drawn, auxiliary = _guide_sites(prune_subsample_sites(guide_trace))
     _require_same_sites(latent, drawn)
     if reparameterized:
-        _require_reparameterized(drawn)
+        _require_reparameterized(drawn | auxiliary)
     data = _data_frame({**observed, **latent})
     analytic = _analytic_kl(latent, drawn) if analytic_kl else {}
     return LogWeights(
         latents={name: site["value"] for name, site in drawn.items()},
         log_likelihood={name: _log_prob(site) for name, site in observed.items()},
         log_prior={name: _log_prob(site) for name, site in latent.items() if name not in analytic},
-        log_guide={name: _log_prob(site) for name, site in drawn.items() if name not in analytic},
+        log_guide={name: _log_prob(site) for name, site in (drawn | auxiliary).items() if name not in analytic},
         analytic_kl=analytic,
         scale=_minibatch_scale(data),
     )
@@ -337,13 +362,11 @@ def _split(model_trace: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return observed, {name: site for name, site in sites.items() if name not in observed}
 
 
-def _guide_sites(guide_trace: Any) -> dict[str, Any]:
-    """Sample sites of a guide's trace in their order, without the auxiliary ones (``infer={"is_auxiliary": True}``)."""
-    return {
-        name: site
-        for name, site in guide_trace.nodes.items()
-        if site["type"] == "sample" and not site["is_observed"] and not site["infer"].get("is_auxiliary")
-    }
+def _guide_sites(guide_trace: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sites that a guide draws, in order: the model's latents, and ``infer={"is_auxiliary": True}`` ones."""
+    sites = {n: s for n, s in guide_trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
+    auxiliary = {name: site for name, site in sites.items() if site["infer"].get("is_auxiliary")}
+    return {name: site for name, site in sites.items() if name not in auxiliary}, auxiliary
 
 
 def _require_same_sites(latent: Mapping[str, Any], drawn: Mapping[str, Any]) -> None:
@@ -360,7 +383,7 @@ def _require_reparameterized(drawn: Mapping[str, Any]) -> None:
         if not site["fn"].has_rsample:
             raise ValueError(
                 f"site '{name}' is drawn from {type(site['fn']).__name__}, which has no reparameterised sample, so the "
-                "draw has no gradient: use an objective with a score-function gradient, such as pyro.infer.TraceGraph_ELBO "
+                "draw has no gradient: use an objective with a score-function gradient, such as pyro.infer.Trace_ELBO "
                 "or TraceEnum_ELBO, or a continuous relaxation"
             )
 
@@ -410,10 +433,17 @@ def _analytic_kl(latent: Mapping[str, Any], drawn: Mapping[str, Any]) -> dict[st
     model_order, guide_order = list(latent), list(drawn)
     for name, site in latent.items():
         before_in_model = set(model_order[: model_order.index(name)])
-        if before_in_model <= set(guide_order[: guide_order.index(name)]):
+        # A Delta has no KL; the one that Pyro registers for it leaves its log_density out.
+        if before_in_model <= set(guide_order[: guide_order.index(name)]) and not _is_delta(drawn[name]["fn"]):
             with contextlib.suppress(NotImplementedError):
                 found[name] = _reduce(site, kl_divergence(drawn[name]["fn"], site["fn"]))
     return found
+
+
+def _is_delta(fn: Any) -> bool:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
 
 
 _nestings: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple[str, str], int]]] = WeakKeyDictionary()
@@ -439,7 +469,7 @@ def _plain_traces(model: PyroFunction, guide: PyroFunction, args: Any, kwargs: A
     return model_sites, guide_sites
 
 
-# The dry run ------------------------------------------------------------------------------------------------------------
+# The dry run ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -495,7 +525,7 @@ def check_program(program: Program, args: Sequence[Any], kwargs: Mapping[str, An
     """
     kwargs = kwargs or {}
     arguments = bind_arguments(program, args, kwargs)
-    with pyro.validation_enabled(True):
+    with pyro.validation_enabled(True), program.evaluation_mode():
         model_sites, guide_trace = _plain_traces(program.model, program.guide, args, kwargs)
         observed = {name: site for name, site in model_sites.items() if site["is_observed"]}
         latent = {name: site for name, site in model_sites.items() if name not in observed}

@@ -45,7 +45,9 @@ class StoredRun:
         """
         described = self.config["data"]
         if "source" not in described:
-            raise CheckpointError(f"the run in {self.path} was trained on data without a name or a path; pass them yourself")
+            raise CheckpointError(
+                f"the run in {self.path} was trained on data without a name or a path; pass them yourself"
+            )
         return load_dataset(described["source"], root=root, binarize=described["binarize"])
 
 
@@ -77,7 +79,7 @@ def load_run(run_dir: str | os.PathLike[str]) -> StoredRun:
     return StoredRun(directory.path, program, config, checkpoint.state["position"]["history"])
 
 
-def build_model(config: Mapping[str, Any], path: Path) -> nn.Module:
+def build_model(config: Mapping[str, Any], path: Path) -> Any:
     """The model of a run's configuration, with new parameters.
 
     Raises:
@@ -89,9 +91,7 @@ def build_model(config: Mapping[str, Any], path: Path) -> nn.Module:
             f"the program of {path} is {described.get('type')}, which only its own code can build: "
             "restore it by fit(program, data, run_dir=..., resume=True)"
         )
-    model = getattr(models, described["type"])(**described["config"])
-    assert isinstance(model, nn.Module)
-    return model
+    return getattr(models, described["type"])(**described["config"])
 
 
 def build_objective(config: Mapping[str, Any], path: Path) -> Objective:

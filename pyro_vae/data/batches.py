@@ -30,13 +30,15 @@ def as_columns(data: Any, names: Sequence[str]) -> Columns | None:
         names: argument names for what comes by position.
 
     Returns:
-        The columns, or None if ``data`` is none of these.
+        The columns in the order of ``names``, or None if ``data`` is none of these.
 
     Raises:
         ValueError: there are more tensors than names.
     """
     if isinstance(data, Mapping):
-        return {str(name): _as_tensor(str(name), value) for name, value in data.items()}
+        columns = {str(name): _as_tensor(str(name), value) for name, value in data.items()}
+        order = [name for name in names if name in columns]
+        return {name: columns[name] for name in dict.fromkeys((*order, *columns))}
     if isinstance(data, (Tensor, np.ndarray)):
         data = (data,)
     if not isinstance(data, (tuple, list)) or not all(isinstance(v, (Tensor, np.ndarray)) for v in data):
@@ -204,27 +206,35 @@ class BatchIterable:
         batches: yields tensors, or tuples or dicts of them.
         names: argument names for what comes by position.
         reader: makes a batch of what the iterable yields.
-
-    Raises:
-        ValueError: the iterable is a one-shot iterator.
     """
 
     batches: Iterable[Any]
     names: tuple[str, ...]
     reader: Reader
 
-    def __post_init__(self) -> None:
-        if iter(self.batches) is self.batches:
+    def first(self) -> Any:
+        """The first batch, as it comes. The iterable is asked for it once, and for nothing more.
+
+        Raises:
+            ValueError: the iterable is a one-shot iterator, or empty.
+        """
+        if isinstance(self.batches, Iterator):
             raise ValueError(
                 f"expected an iterable that can be iterated over again, such as a DataLoader or a list; got a one-shot "
                 f"{type(self.batches).__name__}, which serves one epoch only and cannot be resumed"
             )
+        for batch in self.batches:
+            return batch
+        raise ValueError("expected at least one batch of data, got an empty iterable")
+
+    def columns(self, batch: Any) -> Columns:
+        """A batch as columns, validated."""
+        columns = as_columns(batch, self.names)
+        if columns is None:
+            raise ValueError(f"expected batches of tensors, or tuples or dicts of them; got {type(batch).__name__}")
+        require_valid(columns)
+        return columns
 
     def raw(self) -> Iterator[Columns]:
-        """The batches as columns, as they come, validated."""
-        for batch in self.batches:
-            columns = as_columns(batch, self.names)
-            if columns is None:
-                raise ValueError(f"expected batches of tensors, or tuples or dicts of them; got {type(batch).__name__}")
-            require_valid(columns)
-            yield columns
+        """The batches as columns, not yet read."""
+        return map(self.columns, self.batches)

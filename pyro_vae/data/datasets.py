@@ -658,9 +658,7 @@ DATASETS: dict[str, DatasetInfo] = {
             read=_read_frey_face,
             source="https://cs.nyu.edu/~roweis/data/",
             files=("frey_face.npz",),
-            arrays={
-                "images": ((1965, 28, 20), "2438ba4f0d2a6bd8bac43de756141eaa33c8d248dd613d464bdb1210d9b7af78")
-            },
+            arrays={"images": ((1965, 28, 20), "2438ba4f0d2a6bd8bac43de756141eaa33c8d248dd613d464bdb1210d9b7af78")},
             originals={"frey_rawface.mat": ""},  # none is published; that of the array is checked
             convert=_convert_frey_face,
         ),

@@ -20,7 +20,7 @@ from pyro_vae.data import BatchIterable, Columns
 from pyro_vae.inputs import Inputs
 from pyro_vae.numerics import mean_and_standard_error
 from pyro_vae.objectives import Objective
-from pyro_vae.programs import Program
+from pyro_vae.programs import Program, log_weights
 
 __all__ = ["BoundEstimate", "evaluate_bound", "frozen"]
 
@@ -39,29 +39,33 @@ def frozen(program: Program, seed: int) -> Iterator[None]:
 
     Torch's generators and the modules' modes are put back afterwards.
     """
-    training = [m for module in program.modules().values() for m in module.modules() if m.training]
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), pyro.validation_enabled(False):
+    with (
+        program.evaluation_mode(),
+        torch.random.fork_rng(devices=devices),
+        torch.no_grad(),
+        pyro.validation_enabled(False),
+    ):
         torch.manual_seed(seed)
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+        yield
 
 
 def evaluate_bound(
-    program: Program, inputs: Inputs, objective: Any, *, batch_size: int = 500, num_data: int | None = None, seed: int = 0
+    program: Program,
+    inputs: Inputs,
+    objective: Any,
+    *,
+    batch_size: int = 500,
+    num_data: int | None = None,
+    seed: int = 0,
 ) -> BoundEstimate:
     """The mean of an objective's bound over data, in nats per datum.
 
     Args:
         program: the program to evaluate.
         inputs: its data.
-        objective: one of this package's, or any ELBO of Pyro's. Pyro's give one number a batch, so the standard error is
-            then that of the mean over batches.
+        objective: one of this package's, or any ELBO of Pyro's. Pyro's give one number a batch, so the standard error
+            is then that of the mean over batches.
         batch_size: data at a time; it does not change the expected value.
         num_data: take only the first so many.
         seed: of the noise and of the binarisation.
@@ -76,7 +80,7 @@ def evaluate_bound(
         size = batch_size if per_datum else min(batch_size, 100)
         batches = inputs.data.in_order(size) if num_data is None else _first(inputs, size, num_data)
     with frozen(program, seed), _unannealed(objective):
-        values = [_values(program, objective, *inputs.call(columns), inputs) for columns in batches]
+        values = [_values(program, objective, *inputs.call(columns)) for columns in batches]
     if per_datum:
         return BoundEstimate(*mean_and_standard_error(torch.cat(values)))
     counts = torch.tensor([len(v) for v in values], dtype=torch.float64)
@@ -91,12 +95,13 @@ def _first(inputs: Inputs, batch_size: int, num_data: int) -> Iterator[Columns]:
     return (data.rows(slice(start, min(start + batch_size, num_data))) for start in islice(starts, None))
 
 
-def _values(program: Program, objective: Any, args: Any, kwargs: Any, inputs: Inputs) -> Tensor:
+def _values(program: Program, objective: Any, args: Any, kwargs: Any) -> Tensor:
     if isinstance(objective, Objective):
         return objective.bound(program.model, program.guide, *args, **kwargs)
     size = len((*args, *kwargs.values())[0])
     total = -objective.loss(program.model, program.guide, *args, **kwargs)
-    return torch.full((size,), total / inputs.check.data_of(size))
+    scale = log_weights(program.model, program.guide, args, kwargs).scale  # N / M of this very batch, short or not
+    return torch.full((size,), total / (scale * size))
 
 
 @contextlib.contextmanager

@@ -3,9 +3,9 @@
     p(x) = E_q[w],  w = p(x, z) / q(z | x);      log p(x) ~ log 1/K sum_k w_k,   z_k ~ q(z | x)
 
 The mean weight is an unbiased estimate of p(x); its logarithm is, in expectation, a lower bound on log p(x) that rises
-with K and is exact in the limit K -> infinity, or for any K, without variance, when the guide is the posterior (Burda et
-al., arXiv:1509.00519, Thm. 1; Rezende et al., arXiv:1401.4082, App. E). It is trusted only where the weights are even:
-hence the effective sample size beside every value.
+with K and is exact in the limit K -> infinity, or for any K, without variance, when the guide is the posterior (Burda
+et al., arXiv:1509.00519, Thm. 1; Rezende et al., arXiv:1401.4082, App. E). It is trusted only where the weights are
+even: hence the effective sample size beside every value.
 
 Particles come in chunks of bounded memory, and are reduced as if they had come at once.
 """
@@ -39,7 +39,7 @@ class Score:
 
     Attributes:
         values: shape (N,).
-        mc_error: Monte Carlo standard error of ``mean``, given these data: what a repetition with other noise would vary.
+        mc_error: Monte Carlo standard error of ``mean``, given these data: how a repetition with other noise varies.
         diagnostics: "ess", the effective sample size of each datum, shape (N,), between 1 and K.
         num_particles: K.
         method: how it was estimated.

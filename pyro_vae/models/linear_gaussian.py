@@ -1,12 +1,11 @@
 """A linear-Gaussian model whose evidence and posterior are exact: what every estimator is proved on.
 
-    p(z) = N(z; 0, I),   p(x | z) = N(x; W z + b, s^2 I)          probabilistic PCA (Tipping & Bishop, 1999)
-    p(x) = N(x; b, W W' + s^2 I)
-    p(z | x) = N(z; V W' (x - b) / s^2, V),   V = (I + W' W / s^2)^-1
+p(z) = N(z; 0, I),   p(x | z) = N(x; W z + b, s^2 I)          probabilistic PCA (Tipping & Bishop, 1999)
+p(x) = N(x; b, W W' + s^2 I)
+p(z | x) = N(z; V W' (x - b) / s^2, V),   V = (I + W' W / s^2)^-1
 """
 
 from __future__ import annotations
-
 
 import pyro
 import pyro.distributions as dist
@@ -99,4 +98,6 @@ class LinearGaussian(nn.Module):
     def log_marginal(self, x: Tensor) -> Tensor:
         """The exact log p(x), in nats, of data x (M, D): shape (M,)."""
         noise = (2 * self.log_noise_scale).exp() * torch.eye(len(self.bias)).to(x)
-        return dist.MultivariateNormal(self.bias, self.weight @ self.weight.T + noise).log_prob(x)
+        evidence = dist.MultivariateNormal(self.bias, self.weight @ self.weight.T + noise)
+        log_prob: Tensor = evidence.log_prob(x)
+        return log_prob

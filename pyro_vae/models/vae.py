@@ -1,8 +1,8 @@
 """The variational auto-encoder of the paper's Section 3 and Appendix C, as a Pyro model and guide.
 
-    p(z) = N(z; 0, I)                                     the prior, z of J dimensions
-    p(x | z)                                              Bernoulli or Gaussian, by an MLP of z (the decoder)
-    q(z | x) = N(z; mu(x), diag sigma^2(x))               by a Gaussian MLP of x (the encoder), eq. (9)
+p(z) = N(z; 0, I)                                     the prior, z of J dimensions
+p(x | z)                                              Bernoulli or Gaussian, by an MLP of z (the decoder)
+q(z | x) = N(z; mu(x), diag sigma^2(x))               by a Gaussian MLP of x (the encoder), eq. (9)
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class VAE(nn.Module):
         data_shape: shape of one datum, for example (784,), (28, 28) or (3, 32, 32).
         latent_dim: J, the dimension of z, at least 1.
         hidden_dims: widths of the encoder's hidden layers; the decoder has them in reverse.
-        likelihood: "bernoulli" for binary data (eq. (11)), or "gaussian" for data in [0, 1]: mean squashed to (0, 1) and
-            variance learned, both functions of z (eq. (12); the paper's Frey Face model).
+        likelihood: "bernoulli" for binary data (eq. (11)), or "gaussian" for data in [0, 1]: mean squashed to (0, 1)
+            and variance learned, both functions of z (eq. (12); the paper's Frey Face model).
         activation: "tanh" (the paper's), "relu" or "softplus".
         init: "default" (torch's) or "paper": every parameter from N(0, 0.01).
 
@@ -127,11 +127,12 @@ class VAE(nn.Module):
             Tensor (n, *data_shape).
         """
         parameter = next(self.parameters())
-        x = self.decode(torch.randn(n, self.latent_dim, device=parameter.device, dtype=parameter.dtype))
-        return x.mean if mean else x.sample()
+        likelihood = self.decode(torch.randn(n, self.latent_dim, device=parameter.device, dtype=parameter.dtype))
+        x: Tensor = likelihood.mean if mean else likelihood.sample()
+        return x
 
     def _as_datum(self, flat: Tensor) -> Tensor:
-        return flat.unflatten(-1, self.data_shape)
+        return flat.reshape(*flat.shape[:-1], *self.data_shape)
 
 
 def _positive_ints(name: str, values: Sequence[int], *, may_be_empty: bool = False) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 __all__ = ["Objective"]
 
 
-class Objective(ELBO):
+class Objective(ELBO):  # type: ignore[misc]
     """Base of the package's objectives, usable wherever Pyro takes an ELBO.
 
     A subclass implements :meth:`differentiable_loss`, a scalar whose *value* is minus the bound, summed over the data

@@ -1,15 +1,15 @@
 """Stochastic gradient variational Bayes: the paper's two estimators of the evidence lower bound.
 
-From log p(x) >= L(x) = E_q[log p(x, z) - log q(z | x)], with z = g(eps, x) a differentiable map of noise (eq. (4)) and K
-draws of it (the paper's L):
+From log p(x) >= L(x) = E_q[log p(x, z) - log q(z | x)], with z = g(eps, x) a differentiable map of noise (eq. (4)) and
+K draws of it (the paper's L):
 
     A, eq. (6):  1/K sum_k [ log p(x, z_k) - log q(z_k | x) ]
     B, eq. (7):  1/K sum_k   log p(x | z_k)   -   KL(q(z | x) || p(z))         the KL in closed form
 
 Over a minibatch of M of N data both are scaled by N / M (eq. (8)), which Pyro's plate states. The value of either is an
-unbiased estimate of the *lower bound*, for any K, and so low on average as an estimate of log p(x); it is exact, with no
-variance (A), when the guide is the posterior. Gradients are those of the value: reparameterised ("pathwise"), unbiased.
-Neither estimator has less variance than the other in general. A KL weight other than 1 (annealing) multiplies
+unbiased estimate of the *lower bound*, for any K, and so low on average as an estimate of log p(x); it is exact, with
+no variance (A), when the guide is the posterior. Gradients are those of the value: reparameterised ("pathwise"),
+unbiased. Neither estimator has less variance than the other in general. A KL weight other than 1 (annealing) multiplies
 log q - log p(z), or the KL, and gives up the bound.
 """
 
@@ -36,8 +36,8 @@ class SGVB(Objective):
 
     Args:
         num_particles: K draws per datum (the paper's L), at least 1.
-        estimator: "A" samples the KL term, eq. (6); "B" takes it in closed form, eq. (7), at the latent sites that admit
-            it, and warns once of those that do not, which it samples.
+        estimator: "A" samples the KL term, eq. (6); "B" takes it in closed form, eq. (7), at the latent sites that
+            admit it, and warns once of those that do not, which it samples.
 
     Attributes:
         kl_weight: scalar tensor, 1 by default; ``fit(kl_warmup=...)`` raises it from 0 to 1.
@@ -55,7 +55,9 @@ class SGVB(Objective):
     def __init__(self, num_particles: int = 1, estimator: Literal["A", "B"] = "A") -> None:
         super().__init__(num_particles)
         if estimator not in ("A", "B"):
-            raise ValueError(f'estimator: expected "A" (sampled KL, eq. (6)) or "B" (analytic, eq. (7)), got {estimator!r}')
+            raise ValueError(
+                f'estimator: expected "A" (sampled KL, eq. (6)) or "B" (analytic, eq. (7)), got {estimator!r}'
+            )
         self.estimator = estimator
         self.kl_weight = torch.ones(())
         self._told: set[str] = set()
@@ -99,7 +101,10 @@ class SGVB(Objective):
 
     def _bounds(self, weights: LogWeights) -> tuple[Tensor, Tensor | float]:
         """Mean over particles of the bound's terms: of each datum, (M,), and of the global latents, a scalar."""
-        terms = [*weights.log_likelihood.values(), *(-self.kl_weight * kl for kl in weights.kl.values())]  # eqs. (6), (7)
+        terms = [
+            *weights.log_likelihood.values(),
+            *(-self.kl_weight * kl for kl in weights.kl.values()),
+        ]  # eqs. (6), (7)
         local = functools.reduce(operator.add, (term for term in terms if term.ndim == 2))
         shared = [term.mean(0) for term in terms if term.ndim == 1]
         return local.mean(0), functools.reduce(operator.add, shared) if shared else 0.0

@@ -1,8 +1,8 @@
 """Run directories and checkpoints: safetensors and JSON, written whole or not at all.
 
 A run directory holds ``config.json`` (what the run is), ``metrics.jsonl`` (a line per evaluation), figures, and the
-checkpoint in two files: ``checkpoint.safetensors`` (every tensor) and ``state.json`` (everything else, and the SHA-256 of
-both). ``state.json`` is the one that counts: it is replaced last, in one step of the file system, and the tensors it
+checkpoint in two files: ``checkpoint.safetensors`` (every tensor) and ``state.json`` (everything else, and the SHA-256
+of both). ``state.json`` is the one that counts: it is replaced last, in one step of the file system, and the tensors it
 speaks of are kept under ``checkpoint.previous.safetensors`` until then. So whenever the process is killed, a whole
 checkpoint can be read.
 """
@@ -152,7 +152,11 @@ class RunDirectory:
         state = {"format_version": FORMAT_VERSION, **checkpoint.state, "tensors_sha256": _sha256(tensors)}
         state["state_sha256"] = _digest(state)
         new_tensors = _write(self.tensors_file, tensors)
-        new_state = _write(self.state_file, json.dumps(state).encode())
+        try:
+            new_state = _write(self.state_file, json.dumps(state).encode())
+        except OSError:
+            new_tensors.unlink(missing_ok=True)
+            raise
         if self.tensors_file.exists():
             os.replace(self.tensors_file, self.previous_file)
         os.replace(new_tensors, self.tensors_file)
@@ -170,8 +174,8 @@ class RunDirectory:
         version = state.get("format_version")
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise CheckpointError(
-                f"{self.state_file} has format version {version!r}; this version of pyro_vae reads up to {FORMAT_VERSION}: "
-                "install a newer one"
+                f"{self.state_file} has format version {version!r}, this version of pyro_vae reads up to "
+                f"{FORMAT_VERSION}: install a newer one"
             )
         if state.pop("state_sha256", None) != _digest(state):
             raise CheckpointError(f"{self.state_file} is corrupt: its checksum does not agree with its content")

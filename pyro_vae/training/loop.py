@@ -1,7 +1,7 @@
 """The training loop: stochastic gradient ascent on a bound, with evaluations, checkpoints and exact resumption.
 
-With :class:`pyro_vae.SGVB` it is the paper's Algorithm 1 (AEVB): draw a minibatch, draw noise, follow the gradient of the
-estimator, until the budget of training samples is spent.
+With :class:`pyro_vae.SGVB` it is the paper's Algorithm 1 (AEVB): draw a minibatch, draw noise, follow the gradient of
+the estimator, until the budget of training samples is spent.
 """
 
 from __future__ import annotations
@@ -131,24 +131,25 @@ def fit(
         program: an object with ``.model`` and ``.guide``, trained in place: a model of this package, or
             ``Program(model, guide)`` of your own functions.
         data: a tensor (N, ...); a tuple (by position) or dict (by name) of tensors with an equal first dimension, which
-            is one data set; a result of :func:`pyro_vae.load_dataset`, whose test split is then evaluated; or an iterable
-            of batches (a DataLoader), which can be iterated over again.
+            is one data set; a result of :func:`pyro_vae.load_dataset`, whose test split is then evaluated; or an
+            iterable of batches (a DataLoader), which can be iterated over again.
         objective: what to maximise: an objective of this package (None: ``SGVB()``) or any ELBO of Pyro's.
         optimizer: a name or class of ``torch.optim``, or a function of the parameters that returns an optimiser.
         learning_rate: None for 0.02 with Adagrad (as in the paper) and torch's default elsewhere.
         batch_size: M; an iterable brings its own.
-        num_samples: training samples to see, the paper's x axis, counted from the start of the run; or
+        num_samples: training samples to see, the paper's x axis, counted from the start of the run (the batch that
+            reaches them is the last); or
         epochs: passes through the data. One of the two.
         test: data to evaluate on, if ``data`` is no data set.
         valid: data to stop early on, if ``data`` is no data set.
-        binarize: "dynamic" draws grey levels that a binary site observes anew at each read; "none" refuses them; None as
-            the data set says, else "dynamic".
+        binarize: "dynamic" draws grey levels that a binary site observes anew at each read; "none" refuses them; None
+            as the data set says, else "dynamic".
         seed: of every random number of the run. The generators of the surrounding code are left as they were.
         device: where to train; None leaves the program where it is.
         compile: take a compiled step where there is one. Every step is eager in this version.
         run_dir: a new directory for configuration, metrics and checkpoints.
-        resume: go on from the checkpoint in ``run_dir``, bit for bit as if the run had never stopped; a directory without
-            one starts from scratch. Settings must be those of the run, except that the budget may be raised.
+        resume: go on from the checkpoint in ``run_dir``, bit for bit as if the run had never stopped; a directory
+            without one starts from scratch. Settings must be those of the run, except that the budget may be raised.
         progress: show a bar if standard error is a terminal.
         evaluate_every: samples between evaluations (None: an epoch, or a hundredth of the budget if that is more).
         evaluation_size: evaluate on at most so many data of each split (the first ones).
@@ -209,7 +210,13 @@ def fit(
         stack.enter_context(pyro.validation_enabled(False))
         trainer.train(progress)
     position = trainer.position
-    return Run(program, position.history, position.samples, position.stopped_early, directory and directory.path)
+    return Run(
+        program,
+        position.history,
+        position.samples,
+        position.stopped_early,
+        None if directory is None else directory.path,
+    )
 
 
 @dataclass(frozen=True)
@@ -369,7 +376,8 @@ class _Trainer:
             self.step(args, kwargs, self.train_inputs.check.data_of(size))
         except NonFiniteLossError as error:
             raise NonFiniteLossError(
-                f"epoch {position.epoch}, batch {position.batch}, after {position.samples:,} samples: {error}{self._kept()}"
+                f"epoch {position.epoch}, batch {position.batch}, after {position.samples:,} samples: "
+                f"{error}{self._kept()}"
             ) from None
         position.samples += size
         position.batch += 1
@@ -594,8 +602,8 @@ def _require_same_run(stored: dict[str, Any], config: dict[str, Any], directory:
         names = sorted(stored_parameters.keys() | parameters.keys())
         name = next((n for n in names if stored_parameters.get(n) != parameters.get(n)), "their order")
         raise CheckpointError(
-            f"{directory.path} holds a run of another architecture: '{name}' has shape {stored_parameters.get(name)} there "
-            f"and {parameters.get(name)} here"
+            f"{directory.path} holds a run of another architecture: '{name}' has shape "
+            f"{stored_parameters.get(name)} there and {parameters.get(name)} here"
         )
     config = json.loads(json.dumps(config))
     for section in ("objective", "data", "fit"):
@@ -603,8 +611,8 @@ def _require_same_run(stored: dict[str, Any], config: dict[str, Any], directory:
         for name in sorted(there.keys() | here.keys()):
             if name not in ("num_samples", "epochs") and there.get(name) != here.get(name):
                 raise CheckpointError(
-                    f"{directory.path} holds a run with {name}={there.get(name)!r}, got {name}={here.get(name)!r}: a run is "
-                    "resumed with its own settings, except for the budget"
+                    f"{directory.path} holds a run with {name}={there.get(name)!r}, got {here.get(name)!r}: a run "
+                    "is resumed with its own settings, except for the budget"
                 )
     for name, value in config["environment"].items():
         if (before := stored.get("environment", {}).get(name)) != value:
@@ -626,7 +634,9 @@ def _describe_data(data: Any, inputs: Inputs) -> dict[str, Any]:
         return {**named, "checksum": None}
     checksum = 0
     for name, column in inputs.data.columns.items():
-        checksum = crc32(column.detach().cpu().contiguous().view(torch.uint8).numpy(), crc32(name.encode(), checksum))
+        checksum = crc32(
+            column.detach().cpu().contiguous().view(torch.uint8).numpy().data, crc32(name.encode(), checksum)
+        )
     return {**named, "num_data": len(inputs.data), "checksum": checksum}
 
 
@@ -653,6 +663,8 @@ def _tensorboard(directory: RunDirectory) -> Iterator[Any]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError('tensorboard: expected the package to be installed: pip install "pyro-vae[tensorboard]"') from error
+        raise ValueError(
+            'tensorboard: expected the package to be installed: pip install "pyro-vae[tensorboard]"'
+        ) from error
     with SummaryWriter(str(directory.path)) as writer:
         yield writer

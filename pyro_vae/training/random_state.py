@@ -56,7 +56,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Stream:
-    """Random numbers of its own, apart from those of the surrounding code: a generator state that is swapped in and out.
+    """Random numbers of its own, apart from those of the surrounding code: a state that is swapped in and out.
 
     Args:
         seed: where the stream starts.

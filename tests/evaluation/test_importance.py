@@ -1,0 +1,288 @@
+"""log p(x) by importance sampling: exact where it must be, chunked without error, and honest about its own error."""
+
+import math
+from types import SimpleNamespace
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.evaluation import importance
+from pyro_vae.programs import log_weights
+from tests import oracles
+from tests.statistics import assert_mean_close
+
+PLAIN = {"param": oracles.with_params, "module": oracles.with_modules, "loop": oracles.without_broadcasting}
+
+
+def program(form="nn.Module", shift=0.0, widening=1.0):
+    if form == "nn.Module":
+        return pv.LinearGaussian(*oracles.example(), guide_shift=shift, guide_widening=widening)
+    return pv.Program(*PLAIN[form](shift, widening), vectorize=form != "loop")
+
+
+def close(left, right, atol=1e-10):
+    torch.testing.assert_close(left, right, rtol=0, atol=atol)
+
+
+# Zero variance --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["nn.Module", *PLAIN])
+@pytest.mark.parametrize(
+    ("num_particles", "batch_size", "max_elements"),
+    [(1, 100, 10**6), (7, 100, 10**6), (7, 3, 10**6), (7, 100, 30), (7, 4, 25), (7, 100, 1), (10, 1, 9)],
+)
+def test_the_exact_posterior_gives_the_evidence(form, num_particles, batch_size, max_elements):
+    x = oracles.example_data(10)
+    score = pv.log_marginal(
+        program(form), x, num_particles=num_particles, batch_size=batch_size, max_elements=max_elements
+    )
+    close(score.values, oracles.exact_log_marginal(x))
+    close(score.diagnostics["ess"], torch.full((10,), float(num_particles)), atol=1e-9)
+    assert score.mc_error < 1e-7
+    assert score.num_particles == num_particles
+
+
+def test_a_wrong_guide_gives_another_value_below_the_evidence():
+    x = oracles.example_data(10)
+    score = pv.log_marginal(program(shift=0.5), x, num_particles=2)
+    assert score.mean < oracles.exact_log_marginal(x).mean() - 0.05
+    assert (score.diagnostics["ess"] < 2 - 1e-3).all()
+
+
+# Expectation ----------------------------------------------------------------------------------------------------------
+
+BUGS = {
+    "none": lambda w, K: w.log_w.exp().mean(0),
+    "K - 1": lambda w, K: w.log_w.exp().sum(0) / (K - 1),
+    "log q has the wrong sign": lambda w, K: (w.log_w + 2 * w.log_guide["z"]).exp().mean(0),
+    "no log q": lambda w, K: (w.log_w + w.log_guide["z"]).exp().mean(0),
+    "no prior": lambda w, K: (w.log_w - w.log_prior["z"]).exp().mean(0),
+    "joint weights": lambda w, K: (w.log_w.sum(1, keepdim=True) / 2).exp().mean(0).expand(2),
+    "one particle dropped": lambda w, K: w.log_w[1:].exp().sum(0) / K,
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_the_mean_weight_is_unbiased_for_the_evidence_and_a_planted_bug_is_rejected(bug):
+    """E[w] = p(x), with a guide wider than the posterior, so that the weights are bounded."""
+    model = program(widening=1.4)
+    x, K = torch.tensor([[0.3, -1.0, 0.8], [1.5, 0.4, -0.6]]), 5
+    truth = oracles.exact_log_marginal(x)
+    with torch.no_grad():
+        weights = log_weights(model.model, model.guide, (x.repeat(8000, 1),), num_particles=K)
+        weights.log_likelihood["x"] -= truth.repeat(8000)  # relative to p(x): the truth is one
+        if bug == "joint weights":
+            weights = SimpleNamespace(log_w=weights.log_w.reshape(K, 8000, 2).permute(0, 2, 1))
+            ratios = BUGS[bug](weights, K) if False else weights.log_w.sum(1).exp().mean(0)[:, None].sqrt().expand(-1, 2)
+        else:
+            ratios = BUGS[bug](weights, K).reshape(8000, 2)
+    if bug == "none":
+        assert_mean_close(ratios, 1.0, min_effect=0.03)
+        return
+    with pytest.raises(AssertionError, match="mean"):
+        assert_mean_close(ratios, 1.0, min_effect=0.5)
+
+
+@pytest.mark.parametrize("max_elements", [10**6, 7 * 3 * 2])
+def test_log_marginal_itself_is_unbiased_in_the_evidence(max_elements):
+    """K = 5 in one chunk, or in chunks that do not divide K: repeated data are independent repetitions."""
+    x = torch.tensor([[0.3, -1.0, 0.8]])
+    score = pv.log_marginal(
+        program(widening=1.4), x.repeat(6000, 1), num_particles=5, batch_size=2 if max_elements < 100 else 6000,
+        max_elements=max_elements,
+    )  # fmt: skip
+    ratios = (score.values - oracles.exact_log_marginal(x)).exp()
+    assert_mean_close(ratios, 1.0, min_effect=0.05)
+    with pytest.raises(AssertionError, match="mean"):
+        assert_mean_close(ratios * 5 / 4, 1.0, min_effect=0.05)  # a mean over K - 1
+
+
+def test_the_value_rises_to_the_evidence_with_more_particles():
+    x = oracles.example_data(50)
+    means = [pv.log_marginal(program(shift=0.5), x, num_particles=K).mean for K in (1, 10, 10_000)]
+    assert means[0] < means[1] < means[2]
+    assert means[2] == pytest.approx(oracles.exact_log_marginal(x).mean().item(), abs=0.01)
+
+
+# Weighting: the reduction of one given matrix -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+@pytest.mark.parametrize("rows", [1, 4, 9, 25, 10**6])
+def test_a_given_matrix_of_weights_is_reduced_exactly(monkeypatch, batch_size, rows):
+    """For every chunk of particles and every batch: log (1/K) sum_k w_km of the whole matrix."""
+    K, N = 11, 7
+    matrix = 3 * torch.randn(K, N) + torch.linspace(-50, 50, N)
+    given = [0] * N  # particles of each datum handed out so far
+
+    def handed_out(model, guide, args, kwargs, *, num_particles):
+        index = args[0].flatten().long()
+        start = given[index[0]]
+        for i in index:
+            given[i] += num_particles
+        assert num_particles * len(index) <= max(rows, len(index))
+        return SimpleNamespace(log_w=matrix[start : start + num_particles, index], log_w_global=None, global_sites=[])
+
+    model = pv.LinearGaussian(torch.ones(1, 1))
+    monkeypatch.setattr(importance, "log_weights", handed_out)
+    x = torch.arange(float(N))[:, None]
+    score = pv.log_marginal(model, x, num_particles=K, batch_size=batch_size, max_elements=rows)
+    assert given == [K] * N
+    w = (matrix - matrix.max(0).values).exp()
+    close(score.values, w.mean(0).log() + matrix.max(0).values, atol=1e-12)
+    close(score.diagnostics["ess"], w.sum(0) ** 2 / w.square().sum(0), atol=1e-10)
+
+
+def test_each_datum_is_independent_of_its_batch():
+    """With noise that comes with the data, a batch equals its data one by one."""
+
+    def model(x, noise):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x, noise):
+        q = dist.Normal(0.5 * x, 0.8)
+        z = q.loc + q.scale * noise
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(z, log_density=q.log_prob(z)))
+
+    p = pv.Program(model, guide)
+    x, noise = torch.randn(6), torch.randn(6)
+    batch = pv.log_marginal(p, (x, noise), num_particles=1).values
+    alone = [pv.log_marginal(p, (x[[m]], noise[[m]]), num_particles=1).values for m in range(6)]
+    close(batch, torch.cat(alone), atol=1e-12)
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def test_mc_error_is_what_repetitions_with_other_seeds_vary():
+    x, p = oracles.example_data(20), program(widening=1.4, shift=0.2)
+    scores = [pv.log_marginal(p, x, num_particles=200, seed=seed) for seed in range(150)]
+    means = torch.tensor([s.mean for s in scores])
+    claimed = torch.tensor([s.mc_error for s in scores]).square().mean().sqrt()
+    assert means.std().item() == pytest.approx(claimed.item(), rel=0.25)  # of 150: sd / sqrt(300) = 6%
+    assert len(means.unique()) == 150
+
+
+def test_std_error_is_over_data():
+    x = oracles.example_data(25)
+    score = pv.log_marginal(program(), x, num_particles=2)
+    truth = oracles.exact_log_marginal(x)
+    assert score.mean == pytest.approx(truth.mean().item(), abs=1e-10)
+    assert score.std_error == pytest.approx((truth.var(unbiased=True) / 25).sqrt().item(), rel=1e-9)
+
+
+def test_the_report_says_what_was_done():
+    text = repr(pv.log_marginal(program(), oracles.example_data(5), num_particles=3))
+    assert all(part in text for part in ("importance", "K=3", "5 data", "ESS 3.0"))
+
+
+# Nothing changes ------------------------------------------------------------------------------------------------------
+
+
+class Fragile(nn.Module):
+    """A program with everything that an evaluation could change: dropout, batch normalisation, modes that differ."""
+
+    data_shape = (3,)
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop, self.off = nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Dropout(0.5).eval()
+        self.mean = nn.Linear(3, 2)
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True).expand(*z.shape[:-1], 3), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("fragile", self)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.mean(self.drop(self.norm(x))), 1.0).to_event(1))
+
+
+def test_log_marginal_changes_nothing_and_is_repeatable():
+    p, x = Fragile(), oracles.example_data(8)
+    state = {n: t.clone() for n, t in p.state_dict().items()}
+    generator = torch.get_rng_state()
+    scores = [pv.log_marginal(p, x, num_particles=4, batch_size=3) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(t, state[n]) for n, t in p.state_dict().items())
+    assert p.training
+    assert p.norm.training
+    assert p.drop.training
+    assert not p.off.training
+    assert all(parameter.grad is None for parameter in p.parameters())
+    assert torch.equal(scores[0].values, scores[1].values)
+    assert not scores[0].values.requires_grad
+    other = pv.log_marginal(p, x, num_particles=4, batch_size=3, seed=1)
+    assert not torch.equal(other.values, scores[0].values)
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "bridge"}, "method.*importance"),
+        ({"num_particles": 0}, "num_particles"),
+        ({"num_particles": 2.0}, "num_particles"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"max_elements": 0}, "max_elements"),
+        ({"binarize": "sometimes"}, "binarize"),
+    ],
+)
+def test_bad_arguments_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        pv.log_marginal(program(), oracles.example_data(), **options)
+
+
+def test_a_global_latent_is_refused_by_name():
+    toy = oracles.SharedMean(4)
+    with pytest.raises(ValueError, match="mu"):
+        pv.log_marginal(pv.Program(toy.model, toy.guide), torch.randn(4), num_particles=2)
+
+
+def test_batches_of_an_iterable_are_refused():
+    with pytest.raises(ValueError, match="iterable"):
+        pv.log_marginal(program(), [oracles.example_data() for _ in range(2)][:1] and iter_twice(oracles.example_data()))
+
+
+def iter_twice(x):
+    return torch.utils.data.DataLoader(x, batch_size=2)
+
+
+def tilted(tilt):
+    """Weights times exp(tilt(x)), so that data choose what goes wrong."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.factor("tilt", tilt(x))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    return pv.Program(model, guide)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_refused_naming_the_rows(bad):
+    p = tilted(lambda x: torch.where(x > 0, bad, 0.0))
+    with pytest.raises(ValueError, match=r"2 of 5 data, rows \[1, 4\]"):
+        pv.log_marginal(p, torch.tensor([-1.0, 1.0, -2.0, -3.0, 2.0]), num_particles=3, batch_size=2)
+
+
+def test_a_datum_that_the_model_gives_no_density_has_minus_infinity_and_leaves_the_others():
+    score = pv.log_marginal(tilted(lambda x: torch.where(x > 0, -math.inf, 0.25)), torch.tensor([-1.0, 1.0]))
+    assert score.values.tolist() == pytest.approx([0.25, -math.inf])
+    assert score.mean == -math.inf

@@ -1,0 +1,256 @@
+"""Closed forms that know nothing of the package, and small Pyro programs that have them.
+
+A linear-Gaussian model is one dense joint Gaussian of all its variables; evidence, posterior and evidence lower bound
+follow from that joint by Cholesky factors, never from the formulas the package uses.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+# Gaussians ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Gaussian:
+    """N(mean, cov): mean (..., n), cov (n, n)."""
+
+    mean: Tensor
+    cov: Tensor
+
+    @classmethod
+    def of_noise(cls, offset: Tensor, root: Tensor) -> "Gaussian":
+        """The law of offset + root @ e, e standard normal."""
+        return cls(offset, root @ root.T)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        root = torch.linalg.cholesky(self.cov)
+        white = torch.linalg.solve_triangular(root, (x - self.mean).unsqueeze(-1), upper=False).squeeze(-1)
+        return -0.5 * (white.square().sum(-1) + len(root) * math.log(2 * math.pi)) - root.diagonal().log().sum()
+
+    def last(self, n: int) -> "Gaussian":
+        """The marginal of the last n variables."""
+        return Gaussian(self.mean[..., -n:], self.cov[-n:, -n:])
+
+    def given_last(self, x: Tensor) -> "Gaussian":
+        """The law of the others given that the last variables are x (..., n)."""
+        n = x.shape[-1]
+        root = torch.linalg.cholesky(self.cov[-n:, -n:])
+        gain = torch.cholesky_solve(self.cov[-n:, :-n], root).T
+        mean = self.mean[..., :-n] + (x - self.mean[..., -n:]) @ gain.T
+        return Gaussian(mean, self.cov[:-n, :-n] - gain @ self.cov[-n:, :-n])
+
+    def entropy(self) -> Tensor:
+        root = torch.linalg.cholesky(self.cov)
+        return root.diagonal().log().sum() + 0.5 * len(root) * (1 + math.log(2 * math.pi))
+
+
+def elbo(joint: Gaussian, q: Gaussian, x: Tensor) -> Tensor:
+    """E_q[log p(z, x)] + H[q] for a joint of (z, x): shape (...) of q's means."""
+    z_and_x = torch.cat([q.mean, x.expand(*q.mean.shape[:-1], x.shape[-1])], -1)
+    J = q.mean.shape[-1]
+    precision = torch.cholesky_inverse(torch.linalg.cholesky(joint.cov))[:J, :J]
+    return joint.log_prob(z_and_x) - 0.5 * (precision * q.cov).sum() + q.entropy()
+
+
+def linear_gaussian(weight: Tensor, bias: Tensor, noise_scale: Tensor | float) -> Gaussian:
+    """The joint of (z, x): z ~ N(0, I), x ~ N(weight z + bias, noise_scale^2 I)."""
+    D, J = weight.shape
+    eye = torch.eye(J)
+    root = torch.cat([torch.cat([eye, torch.zeros(J, D)], 1), torch.cat([weight, noise_scale * torch.eye(D)], 1)])
+    return Gaussian.of_noise(torch.cat([torch.zeros(J), bias]), root)
+
+
+# Quadrature -----------------------------------------------------------------------------------------------------------
+
+
+def log_marginal_by_quadrature(log_likelihood: Callable[[np.ndarray], np.ndarray], points: int = 2001) -> np.ndarray:
+    """log of the integral of p(x | z) N(z; 0, 1) dz over [-12, 12], by the trapezoid rule: shape (M,).
+
+    Args:
+        log_likelihood: from z (points,) to (points, M).
+        points: of the grid.
+    """
+    z = np.linspace(-12.0, 12.0, points)
+    log_terms = log_likelihood(z) - 0.5 * z[:, None] ** 2 - 0.5 * math.log(2 * math.pi) + math.log(z[1] - z[0])
+    top = log_terms.max(0)
+    return top + np.log(np.exp(log_terms - top).sum(0))
+
+
+# Programs with exact answers ------------------------------------------------------------------------------------------
+
+WEIGHT = ((1.0, -0.5), (0.3, 0.8), (-0.7, 0.2))
+BIAS = (0.1, -0.2, 0.3)
+NOISE = 0.6
+
+
+def example() -> tuple[Tensor, Tensor, float]:
+    """Weight (3, 2), bias (3,) and noise of the linear-Gaussian model that most tests use."""
+    return torch.tensor(WEIGHT), torch.tensor(BIAS), NOISE
+
+
+def example_data(num_data: int = 4) -> Tensor:
+    """Draws (num_data, 3) about as wide as the model's own."""
+    return 1.2 * torch.randn(num_data, 3)
+
+
+def exact_posterior(x: Tensor) -> Gaussian:
+    """p(z | x) of the example."""
+    return linear_gaussian(*example()).given_last(x)
+
+
+def exact_log_marginal(x: Tensor) -> Tensor:
+    """log p(x) of the example, (M,)."""
+    return linear_gaussian(*example()).last(3).log_prob(x)
+
+
+def _posterior_guide(x: Tensor, shift: float, widening: float) -> None:
+    posterior = exact_posterior(x)
+    with pyro.plate("data", len(x)):
+        root = torch.linalg.cholesky(posterior.cov) * widening
+        pyro.sample("z", dist.MultivariateNormal(posterior.mean + shift, scale_tril=root))
+
+
+def with_params(shift: float = 0.0, widening: float = 1.0) -> tuple[Callable, Callable]:
+    """The example as plain functions whose parameters are ``pyro.param``s."""
+    weight, bias, noise = example()
+
+    def model(x):
+        w, b = pyro.param("weight", weight), pyro.param("bias", bias)
+        s = pyro.param("noise", torch.tensor(noise), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ w.T + b, s).to_event(1), obs=x)
+
+    return model, lambda x: _posterior_guide(x, shift, widening)
+
+
+def with_modules(shift: float = 0.0, widening: float = 1.0) -> tuple[Callable, Callable]:
+    """The example as plain functions whose parameters are a module's."""
+    decoder = nn.Linear(2, 3)
+    with torch.no_grad():
+        decoder.weight.copy_(torch.tensor(WEIGHT))
+        decoder.bias.copy_(torch.tensor(BIAS))
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), NOISE).to_event(1), obs=x)
+
+    return model, lambda x: _posterior_guide(x, shift, widening)
+
+
+def without_broadcasting(shift: float = 0.0, widening: float = 1.0) -> tuple[Callable, Callable]:
+    """The example in code that cannot take particles on the left: it indexes z[:, 0]."""
+    weight, bias, noise = example()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = torch.stack([z[:, 0] * row[0] + z[:, 1] * row[1] for row in weight], 1) + bias
+            pyro.sample("x", dist.Normal(loc, noise).to_event(1), obs=x)
+
+    return model, lambda x: _posterior_guide(x, shift, widening)
+
+
+class Amortized:
+    """The example's model with a free guide q(z | x) = N(gain x + offset, diag(scale)^2), all of them parameters."""
+
+    def __init__(self) -> None:
+        weight, bias, noise = example()
+        self.theta = [weight.requires_grad_(), bias.requires_grad_(), torch.tensor(noise).log().requires_grad_()]
+        gain, offset = torch.tensor([[0.6, 0.1, -0.3], [-0.3, 0.5, 0.2]]), torch.tensor([0.2, -0.1])
+        self.phi = [gain.requires_grad_(), offset.requires_grad_(), torch.tensor([-0.7, -0.2]).requires_grad_()]
+
+    def model(self, x):
+        w, b, log_s = self.theta
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ w.T + b, log_s.exp()).to_event(1), obs=x)
+
+    def guide(self, x):
+        gain, offset, log_scale = self.phi
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ gain.T + offset, log_scale.exp()).to_event(1))
+
+    def elbo(self, x: Tensor) -> Tensor:
+        """The evidence lower bound of each datum, (M,), differentiable in all parameters."""
+        w, b, log_s = self.theta
+        gain, offset, log_scale = self.phi
+        q = Gaussian(x @ gain.T + offset, torch.diag((2 * log_scale).exp()))
+        return elbo(linear_gaussian(w, b, log_s.exp()), q, x)
+
+
+class TwoLayers:
+    """z2 ~ N(0, 1), z1 ~ N(a z2, s1^2), x ~ N(z1, s^2): with a guide from the bottom up or from the top down."""
+
+    a, s1, s = 0.9, 0.7, 0.5
+
+    def __init__(self, bottom_up: bool) -> None:
+        self.bottom_up = bottom_up
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(torch.zeros(()), 1.0))
+            z1 = pyro.sample("z1", dist.Normal(self.a * z2, self.s1))
+            pyro.sample("x", dist.Normal(z1, self.s), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            if self.bottom_up:
+                z1 = pyro.sample("z1", dist.Normal(0.6 * x, 0.5))
+                pyro.sample("z2", dist.Normal(0.4 * z1 + 0.1, 0.8))
+            else:
+                z2 = pyro.sample("z2", dist.Normal(0.3 * x, 0.9))
+                pyro.sample("z1", dist.Normal(0.5 * x + 0.2 * z2, 0.5))
+
+    def elbo(self, x: Tensor) -> Tensor:
+        """The evidence lower bound of each datum, (M,)."""
+        a, s1, s = self.a, self.s1, self.s
+        root = torch.tensor([[1.0, 0.0, 0.0], [a, s1, 0.0], [a, s1, s]])  # of (z2, z1, x)
+        joint = Gaussian.of_noise(torch.zeros(3), root)
+        if self.bottom_up:
+            mean = torch.stack([0.24 * x + 0.1, 0.6 * x], -1)
+            q = Gaussian.of_noise(mean, torch.tensor([[0.8, 0.2], [0.0, 0.5]]))
+        else:
+            q = Gaussian.of_noise(torch.stack([0.3 * x, 0.56 * x], -1), torch.tensor([[0.9, 0.0], [0.18, 0.5]]))
+        return elbo(joint, q, x.unsqueeze(-1))
+
+
+class SharedMean:
+    """A global latent: mu ~ N(0, 1), z_i ~ N(mu, 1), x_i ~ N(z_i, 1), with a guide that factorises and is not exact."""
+
+    def __init__(self, num_data: int) -> None:
+        self.num_data = num_data
+
+    def model(self, x):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("data", self.num_data, subsample_size=len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(self, x):
+        pyro.sample("mu", dist.Normal(torch.tensor(0.2), 0.4))
+        with pyro.plate("data", self.num_data, subsample_size=len(x)):
+            pyro.sample("z", dist.Normal(0.5 * x, 0.8))
+
+    def elbo(self, x: Tensor) -> Tensor:
+        """The evidence lower bound of the whole data set x (N,), a scalar."""
+        N = self.num_data
+        one, eye, zero = torch.ones(N, 1), torch.eye(N), torch.zeros(N, N)
+        root = torch.cat(
+            [
+                torch.cat([torch.ones(1, 1), torch.zeros(1, 2 * N)], 1),
+                torch.cat([one, eye, zero], 1),
+                torch.cat([one, eye, eye], 1),
+            ]
+        )
+        q = Gaussian(torch.cat([torch.tensor([0.2]), 0.5 * x]), torch.diag(torch.tensor([0.16, *[0.64] * N])))
+        return elbo(Gaussian.of_noise(torch.zeros(2 * N + 1), root), q, x)

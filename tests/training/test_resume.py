@@ -1,0 +1,293 @@
+"""A run that is stopped, however, and resumed is the run that was never stopped, bit for bit."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyro_vae as pv
+from pyro_vae.training import CheckpointError, RunDirectoryError, TrainingInterrupted
+from pyro_vae.training.checkpoint import RunDirectory
+
+
+def small_vae():
+    torch.manual_seed(3)
+    return pv.VAE(data_shape=(8, 8), latent_dim=2, hidden_dims=(8,))
+
+
+def parameters(program):
+    return {name: tensor.detach().clone() for name, tensor in program.named_parameters()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def without_seconds(history):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
+
+
+class StopAfter:
+    """A batch source that sends this process a signal when it has served so many batches."""
+
+    def __init__(self, batches, count, number=signal.SIGTERM):
+        self.batches, self.left, self.number = batches, count, number
+
+    def __iter__(self):
+        for batch in self.batches:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), self.number)
+            yield batch
+
+
+SETTINGS = {
+    "adagrad": {"optimizer": "adagrad"},
+    "adam": {"optimizer": "adam", "learning_rate": 1e-3},
+    "nadam with everything": {
+        "optimizer": "nadam",
+        "objective": pv.SGVB(num_particles=2, estimator="B"),
+        "kl_warmup": 3000,
+        "max_grad_norm": 1.0,
+        "prior_scale": 1.0,
+        "patience": 50,
+    },
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("stop", [0, 1, 12, 13, 14, 29])
+def test_thousand_samples_in_two_parts_equal_one(tmp_path, settings, stop):
+    data = pv.load_dataset("digits")  # 13 batches an epoch, the last of them short
+    straight, parts = small_vae(), small_vae()
+    whole = pv.fit(straight, data, num_samples=3000, evaluate_every=700, **settings)
+    if stop:
+        pv.fit(parts, data, num_samples=min(100 * stop, 3000), evaluate_every=700, run_dir=tmp_path / "r", **settings)
+    resumed = small_vae()  # fresh parameters, as a new process has
+    with torch.no_grad():
+        for tensor in resumed.parameters():
+            tensor.add_(1.0) if stop else None
+    run = pv.fit(
+        resumed, data, num_samples=3000, evaluate_every=700, run_dir=tmp_path / "r", resume=True, **settings
+    )
+    assert_same(parameters(straight), parameters(resumed))
+    assert run.samples == whole.samples
+    extra = [] if stop in (0, 7, 14, 21, 28, 29) else [100 * stop]  # where the first part ended it was evaluated too
+    rows = [row for row in without_seconds(run.history) if row["samples"] not in extra or row["samples"] % 700 < 100]
+    wanted = without_seconds(whole.history)
+    assert [r for r in rows if r["samples"] in {w["samples"] for w in wanted}] == wanted
+
+
+def test_the_surrounding_random_numbers_are_left_alone():
+    vae = small_vae()
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    pv.fit(vae, pv.load_dataset("digits"), epochs=1)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_seed_decides_everything():
+    def trained(seed):
+        vae = small_vae()
+        pv.fit(vae, pv.load_dataset("digits"), epochs=1, seed=seed)
+        return parameters(vae)
+
+    assert_same(trained(1), trained(1))
+    with pytest.raises(AssertionError):
+        assert_same(trained(1), trained(2))
+
+
+def gaussian_program():
+    """Plain functions with pyro.param and a constraint: nothing of it is a module."""
+
+    def model(x):
+        loc = pyro.param("loc", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(loc + z[..., None], 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        scale = pyro.param("scale", torch.rand(()) + 0.5, constraint=dist.constraints.positive)
+        slope = pyro.param("slope", torch.randn(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ slope, scale))
+
+    return pv.Program(model, guide)
+
+
+def test_plain_functions_resume(tmp_path):
+    x = torch.randn(70, 2)
+
+    def trained(num_samples, **more):
+        program = gaussian_program()
+        pv.fit(program, x, num_samples=num_samples, batch_size=32, optimizer="adam", **more)
+        return {name: t.detach().clone() for name, t in program.named_parameters().items()}
+
+    straight = trained(500)
+    trained(200, run_dir=tmp_path / "r")
+    assert_same(straight, trained(500, run_dir=tmp_path / "r", resume=True))
+
+
+@pytest.mark.parametrize("stop", [1, 5, 9])
+@pytest.mark.parametrize("own_generator", [False, True], ids=["global generator", "generator of its own"])
+def test_iterables_are_replayed_to_their_position(tmp_path, stop, own_generator):
+    x = torch.rand(90, 8, 8).round()
+
+    def loader():  # 4 batches an epoch
+        generator = torch.Generator().manual_seed(9) if own_generator else None
+        return DataLoader(TensorDataset(x), batch_size=24, shuffle=True, generator=generator)
+
+    straight, resumed = small_vae(), small_vae()
+    pv.fit(straight, loader(), epochs=3, optimizer="adam")
+    first = small_vae()
+    with pytest.raises(TrainingInterrupted):
+        pv.fit(first, StopAfter(loader(), stop + 2), epochs=3, optimizer="adam", run_dir=tmp_path / "r")
+    pv.fit(resumed, loader(), epochs=3, optimizer="adam", run_dir=tmp_path / "r", resume=True)
+    assert_same(parameters(straight), parameters(resumed))
+
+
+def test_one_shot_generator_is_refused():
+    with pytest.raises(ValueError, match="one-shot generator"):
+        pv.fit(small_vae(), (x for x in [torch.ones(4, 8, 8)]), epochs=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_say_how_to_go_on(tmp_path, number):
+    batches = [torch.ones(10, 8, 8)] * 20
+    vae = small_vae()
+    with pytest.raises(TrainingInterrupted, match=r"saved in .*resume=True, or pyro-vae train --resume") as caught:
+        pv.fit(vae, StopAfter(batches, 7, number), epochs=5, run_dir=tmp_path / "r")
+    assert caught.value.signal == number
+    state = RunDirectory(tmp_path / "r").load().state
+    assert 0 < state["position"]["samples"] < 1000
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+def test_a_second_process_is_refused(tmp_path):
+    directory = RunDirectory(tmp_path / "r")
+    code = (
+        "import sys; from pathlib import Path; from pyro_vae.training.checkpoint import *\n"
+        "try:\n  with RunDirectory(Path(sys.argv[1])).locked(): print('in')\n"
+        "except RunDirectoryError as error: print(error)"
+    )
+    with directory.locked():
+        said = subprocess.run([sys.executable, "-c", code, str(directory.path)], capture_output=True, text=True).stdout
+    assert "another process is training" in said
+
+
+def test_other_settings_are_refused_and_named(tmp_path):
+    data, run_dir = pv.load_dataset("digits"), tmp_path / "r"
+    pv.fit(small_vae(), data, num_samples=300, run_dir=run_dir)
+    before = {file.name: file.read_bytes() for file in run_dir.iterdir() if file.is_file()}
+    for settings, message in [
+        ({"batch_size": 50}, "batch_size=100, got 50"),
+        ({"optimizer": "adam"}, "optimizer='adagrad', got 'adam'"),
+        ({"seed": 1}, "seed=0, got 1"),
+        ({"objective": pv.SGVB(2)}, "num_particles"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            pv.fit(small_vae(), data, num_samples=400, run_dir=run_dir, resume=True, **settings)
+    other_data = dataclasses.replace(data, train=data.train.flip(0))
+    with pytest.raises(CheckpointError, match="checksum"):
+        pv.fit(small_vae(), other_data, num_samples=400, run_dir=run_dir, resume=True)
+    with pytest.raises(CheckpointError, match=r"another architecture: 'decoder\.0\.weight' has shape \[8, 2\] there"):
+        pv.fit(pv.VAE((8, 8), 3, (8,)), data, num_samples=400, run_dir=run_dir, resume=True)
+    with pytest.raises(RunDirectoryError, match="holds a run: resume it"):
+        pv.fit(small_vae(), data, num_samples=400, run_dir=run_dir)
+    assert before == {file.name: file.read_bytes() for file in run_dir.iterdir() if file.is_file()}
+
+
+def test_early_stop_returns_to_the_best_and_resumes(tmp_path):
+    data = pv.load_dataset("digits")
+    small = pv.Dataset("few", data.train[:60], data.valid[:60], data.test[:60], binarize="dynamic")  # overfits at once
+    settings = {"optimizer": "adam", "learning_rate": 0.02, "patience": 3, "evaluate_every": 300}
+
+    def trained(num_samples, **more):
+        vae = pv.VAE((8, 8), 4, (64,))
+        with torch.no_grad():
+            for index, tensor in enumerate(vae.parameters()):
+                tensor.copy_(torch.linspace(-0.3, 0.3, tensor.numel()).reshape(tensor.shape).roll(index))
+        return vae, pv.fit(vae, small, num_samples=num_samples, **settings, **more)
+
+    vae, run = trained(30_000)
+    bounds = [row["valid_bound"] for row in run.history]
+    assert run.stopped_early
+    assert bounds.index(max(bounds)) == len(bounds) - 4
+    assert run.samples < 30_000
+    trained(600, run_dir=tmp_path / "r")
+    resumed, again = trained(30_000, run_dir=tmp_path / "r", resume=True)
+    assert again.stopped_early
+    assert_same(parameters(vae), parameters(resumed))
+
+
+# A real process, killed ------------------------------------------------------------------------------------------------
+
+BUDGET = {"num_samples": 100_000, "evaluate_every": 20_000, "checkpoint_every": 2_000, "progress": False}
+
+
+def _train(run_dir, started):
+    torch.set_num_threads(1)
+    vae, data = small_vae(), pv.load_dataset("digits")
+    started.set()
+    pv.fit(vae, data, run_dir=run_dir, resume=True, **BUDGET)
+
+
+@pytest.fixture()
+def single_precision_on_one_thread():
+    """As in the processes, which do not go through conftest."""
+    threads = torch.get_num_threads()
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_kill_at_twenty_random_moments_loses_nothing(tmp_path, single_precision_on_one_thread):
+    straight = small_vae()
+    began = time.monotonic()
+    run = pv.fit(straight, pv.load_dataset("digits"), run_dir=tmp_path / "straight", **BUDGET)
+    duration = time.monotonic() - began
+    context = multiprocessing.get_context("forkserver")  # a forked child starts at once; this one has run no torch code
+    context.set_forkserver_preload(["pyro_vae.training", "sklearn.datasets", "torch._dynamo"])
+    moments = random.Random(0)
+    kills = advanced = 0
+    for attempt in range(10):  # a run that gets through before the twentieth kill is checked, and the next one begins
+        directory, finished, seen = RunDirectory(tmp_path / f"killed-{attempt}"), False, 0
+        while not finished:
+            started = context.Event()
+            process = context.Process(target=_train, args=(directory.path, started))
+            process.start()
+            if kills < 20:
+                assert started.wait(120)
+                time.sleep(moments.uniform(0.0, 0.1 * duration))
+                process.kill()
+            process.join()
+            finished = process.exitcode == 0
+            kills += process.exitcode == -signal.SIGKILL
+            if directory.state_file.exists():
+                samples = directory.load().state["position"]["samples"]
+                assert samples >= seen
+                advanced += seen < samples
+                seen = samples
+        resumed = pv.load_run(directory.path)
+        assert_same(parameters(straight), parameters(resumed.program))
+        assert without_seconds(resumed.history) == without_seconds(run.history)
+        assert [json.loads(line) for line in directory.metrics_file.read_text().splitlines()] == resumed.history
+        if kills == 20:
+            break
+    assert kills == 20
+    assert advanced >= 5, "the kills fell too early to show anything"
