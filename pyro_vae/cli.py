@@ -295,17 +295,19 @@ def evaluate(
     program = as_program(stored.program)
     bound = evaluate_bound(program, open_inputs(program, data, split="test"), pv.SGVB(), seed=seed)
     score = pv.log_marginal(stored.program, data, num_particles=num_particles, batch_size=batch_size, seed=seed)
-    ess = score.diagnostics["ess"]
+    ess, k = score.diagnostics["ess"], score.diagnostics["pareto_k"]
+    heavy = int((k > 0.7).sum())
     table = Table(title=f"{data.name}, {split}: {len(score.values):,} data, nats per datum")
-    for column in ("score", "mean", "standard error", "Monte Carlo error", "ESS: median (least)"):
-        table.add_column(column, justify="left" if column == "score" else "right")
-    table.add_row("lower bound (SGVB)", f"{bound.mean:.2f}", f"{bound.std_error:.2f}", "", "")
+    for column in ("score", "mean", "std. error", "MC error", "ESS: median (least)", "Pareto k > 0.7"):
+        table.add_column(column, justify="left" if column == "score" else "right", no_wrap=column == "score")
+    table.add_row("lower bound", f"{bound.mean:.2f}", f"{bound.std_error:.2f}", "", "", "")
     table.add_row(
         f"log p(x), K = {num_particles:,}",
         f"{score.mean:.2f}",
         f"{score.std_error:.2f}",
         f"{score.mc_error:.3f}",
         f"{ess.median():.1f} ({ess.min():.1f})",
+        "" if k.isnan().all() else f"{heavy} of {len(k)}",
     )
     console.print(table)
     if json_file is not None:
@@ -321,6 +323,7 @@ def evaluate(
             "num_particles": num_particles,
             "median_ess": ess.median().item(),
             "least_ess": ess.min().item(),
+            "num_pareto_k_above_0.7": heavy,
         }
         json_file.write_text(json.dumps(result, indent=2) + "\n")
 

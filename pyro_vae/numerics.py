@@ -6,14 +6,15 @@ axis, as everywhere in the package.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["WeightSummary", "log_mean_exp", "mean_and_standard_error", "summarize_weights"]
+__all__ = ["WeightSummary", "forked_rng", "log_mean_exp", "mean_and_standard_error", "summarize_weights"]
 
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
@@ -103,3 +104,11 @@ def mean_and_standard_error(values: Tensor) -> tuple[float, float]:
     values = values.double()
     spread = values.std().item() if len(values) > 1 else math.nan
     return values.mean().item(), spread / math.sqrt(len(values))
+
+
+@contextlib.contextmanager
+def forked_rng() -> Iterator[None]:
+    """Put torch's generators (of the CPU and of the current CUDA device, if in use) back on leaving."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 from scipy.stats import norm
 
 __all__ = [
@@ -111,6 +112,7 @@ def plot_learning_curves(
         dots = (0, (1, 1.2 + 1.6 * i))  # further references are dotted more loosely
         x, y = _aligned(f"reference {label!r}", *pair)
         axes.plot(x, y, color="0.45", lw=1.3, ls=dots, label=label, zorder=1.9)
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # more would run into each other
     limits = _robust_limits(axes.lines)
     axes.set_ylim(limits if ylim is None else ylim)
     axes.legend(loc="lower right", framealpha=0.8, edgecolor="none")

@@ -38,6 +38,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import constraints, kl_divergence
 
+from pyro_vae.numerics import forked_rng
+
 __all__ = [
     "DATA_PLATE",
     "HasModelAndGuide",
@@ -382,7 +384,7 @@ def _require_reparameterized(drawn: Mapping[str, Any]) -> None:
     for name, site in drawn.items():
         if not site["fn"].has_rsample:
             raise ValueError(
-                f"site '{name}' is drawn from {type(site['fn']).__name__}, which has no reparameterised sample, so the "
+                f"site '{name}' is drawn from {_base_name(site)}, which has no reparameterised sample, so the "
                 "draw has no gradient: use an objective with a score-function gradient, such as pyro.infer.Trace_ELBO "
                 "or TraceEnum_ELBO, or a continuous relaxation"
             )
@@ -462,8 +464,7 @@ def _plate_nesting(model: PyroFunction, guide: PyroFunction, args: Any, kwargs: 
 
 def _plain_traces(model: PyroFunction, guide: PyroFunction, args: Any, kwargs: Any) -> tuple[dict[str, Any], Any]:
     """Sample sites of one run of model and guide each, apart, leaving torch's generators as they were."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), poutine.block():
+    with forked_rng(), torch.no_grad(), poutine.block():
         runs = (prune_subsample_sites(poutine.trace(f).get_trace(*args, **kwargs)) for f in (model, guide))
         model_sites, guide_sites = ({n: s for n, s in t.nodes.items() if s["type"] == "sample"} for t in runs)
     return model_sites, guide_sites
@@ -582,6 +583,11 @@ def _base_support(site: Any) -> Any | None:
     return support
 
 
+def _base_name(site: Any) -> str:
+    fn = site["fn"]
+    return type(getattr(fn, "base_dist", fn)).__name__
+
+
 def _is_binary(site: Any) -> bool:
     return _base_support(site) is constraints.boolean
 
@@ -595,16 +601,16 @@ def _require_support(name: str, site: Any) -> None:
     if support is None or site["mask"] is not None:
         return
     if not bool(support.check(value).all()):
+        expected = "values in [0, 1]" if _is_binary(site) else str(support)
         raise ValueError(
-            f"site '{name}' observes values outside the support of its {type(site['fn']).__name__}: expected "
-            f"{support}, got values from {value.min().item():.4g} to {value.max().item():.4g}"
+            f"site '{name}' observes values outside the support of its {_base_name(site)}: expected {expected}, "
+            f"got values from {value.min().item():.4g} to {value.max().item():.4g}"
         )
 
 
 def _require_broadcast(program: Program, args: Any, kwargs: Any) -> None:
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), pyro.validation_enabled(False):
+        with forked_rng(), torch.no_grad(), pyro.validation_enabled(False):
             log_weights(program.model, program.guide, args, kwargs, num_particles=2)
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(

@@ -1,8 +1,10 @@
 """The VAE against formulas written out by hand, and the linear-Gaussian model against the dense joint Gaussian."""
 
 import copy
+import json
 import math
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -112,7 +114,6 @@ def test_config_builds_the_same_architecture(activation, likelihood):
 
 
 def test_config_is_plain_data():
-    json = pytest.importorskip("json")
     config = vae(data_shape=(2, 3)).config
     assert pv.VAE(**json.loads(json.dumps(config))).config == config
 
@@ -155,8 +156,6 @@ def test_the_evidence_of_a_small_vae_by_quadrature():
     w1, b1, w2, b2 = (p.detach().numpy() for p in model.decoder.parameters())
 
     def log_likelihood(z):
-        import numpy as np
-
         logits = np.tanh(z[:, None] @ w1.T + b1) @ w2.T + b2
         return (x.numpy() * logits[:, None] - np.log1p(np.exp(logits))[:, None]).sum(-1)
 

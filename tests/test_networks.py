@@ -1,5 +1,7 @@
 """Shapes, widths, activations and initialisation of the paper's MLPs."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -22,7 +24,7 @@ def test_leading_dimensions_pass_through(leading):
 def test_widths(hidden):
     dims = (4, *hidden, 3)
     layers = linear_layers(MLP(4, hidden, 3))
-    assert [(layer.in_features, layer.out_features) for layer in layers] == list(zip(dims, dims[1:], strict=False))
+    assert [(layer.in_features, layer.out_features) for layer in layers] == list(itertools.pairwise(dims))
 
 
 def test_each_row_is_its_own():

@@ -1,4 +1,4 @@
-"""The bridge from Pyro programs to tensors: every density once, summed over the right dimensions, with its own parameters."""
+"""The bridge from Pyro programs to tensors: every density once, over the right dimensions, parameters of its own."""
 
 import copy
 import gc
@@ -99,7 +99,8 @@ def test_an_observation_that_depends_on_no_latent_counts_for_every_particle():
             pyro.sample("x", dist.Normal(torch.zeros(()), 1.0), obs=x)
 
     x = torch.randn(5)
-    close(log_weights(model, normal_guide, (x,), num_particles=3).log_likelihood["x"], log_normal(x, 0, 1).expand(3, 5))
+    weights = log_weights(model, normal_guide, (x,), num_particles=3)
+    close(weights.log_likelihood["x"], log_normal(x, 0.0, 1.0).expand(3, 5))
 
 
 @pytest.mark.parametrize("style", ["poutine", "distribution"])
@@ -273,7 +274,7 @@ def test_no_data_plate_is_named_in_the_error():
         log_weights(model, guide, (torch.zeros(3),))
 
 
-# Auxiliary sites: Pyro's automatic guides ------------------------------------------------------------------------------
+# Auxiliary sites: Pyro's automatic guides -----------------------------------------------------------------------------
 
 
 def positive_model(x):
@@ -478,9 +479,16 @@ def test_a_model_that_cannot_be_called_is_refused():
 def test_evaluation_mode_is_put_back():
     dropout, frozen = nn.Dropout(), nn.Dropout().eval()
     program = pv.Program(lambda x: dropout(x), lambda x: frozen(x))
-    with pytest.raises(KeyError), program.evaluation_mode():
-        assert not dropout.training
-        raise KeyError
+    seen = []
+
+    def fail():
+        with program.evaluation_mode():
+            seen.append(dropout.training)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert seen == [False]
     assert dropout.training
     assert not frozen.training
 
@@ -576,14 +584,14 @@ MISTAKES = {
     "no data plate": (no_plate_model, outside_the_plate, ['plate named "data"']),
     "outside the support": (positive_observation, OK_GUIDE, ["'x'", "LogNormal", "-1"]),
     "another number of entries": (misshapen_observation, OK_GUIDE, ["'x'", r"\(4, 3\)", r"\(4, 2\)"]),
-    "code that cannot broadcast": (indexing_model, indexing_guide, [r"z\[\.\.\., 0\]", "vectorize=False", "site x", "4 vs 2"]),
+    "code that cannot broadcast": (indexing_model, indexing_guide, ["vectorize=False", "site x", "4 vs 2"]),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_named(mistake):
     model, guide, said = MISTAKES[mistake]
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 (each pattern is matched below)
+    with pytest.raises(ValueError) as caught:
         check_program(pv.Program(model, guide), (torch.tensor([-1.0, 0.5, 1.0, 2.0]),))
     for pattern in said:
         assert re.search(pattern, str(caught.value)), str(caught.value)

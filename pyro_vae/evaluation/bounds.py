@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_vae.data import BatchIterable, Columns
 from pyro_vae.inputs import Inputs
-from pyro_vae.numerics import mean_and_standard_error
+from pyro_vae.numerics import forked_rng, mean_and_standard_error
 from pyro_vae.objectives import Objective
 from pyro_vae.programs import Program, log_weights
 
@@ -39,10 +39,9 @@ def frozen(program: Program, seed: int) -> Iterator[None]:
 
     Torch's generators and the modules' modes are put back afterwards.
     """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with (
         program.evaluation_mode(),
-        torch.random.fork_rng(devices=devices),
+        forked_rng(),
         torch.no_grad(),
         pyro.validation_enabled(False),
     ):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.evaluation.bounds import frozen
+from pyro_vae.evaluation.diagnostics import pareto_k
 from pyro_vae.inputs import Inputs, open_inputs
 from pyro_vae.numerics import mean_and_standard_error, summarize_weights
 from pyro_vae.programs import HasModelAndGuide, Program, as_program, log_weights
@@ -40,7 +41,8 @@ class Score:
     Attributes:
         values: shape (N,).
         mc_error: Monte Carlo standard error of ``mean``, given these data: how a repetition with other noise varies.
-        diagnostics: "ess", the effective sample size of each datum, shape (N,), between 1 and K.
+        diagnostics: per datum, shape (N,): "ess", the effective sample size, between 1 and K; "pareto_k", the shape of
+            the weights' tail, to be trusted below 0.7 (:func:`pyro_vae.evaluation.diagnostics.pareto_k`).
         num_particles: K.
         method: how it was estimated.
     """
@@ -95,7 +97,7 @@ def log_marginal(
         seed: of the noise and of the binarisation; torch's own generators are left as they were.
 
     Returns:
-        Values per datum, their mean, errors and effective sample sizes.
+        Values per datum, their mean, errors and diagnostics.
 
     Raises:
         ValueError: an argument is out of range, the data do not fit the program, the program has global latents, or a
@@ -119,16 +121,22 @@ def log_marginal(
     elements = max(c[0].numel() for c in data.columns.values())
     rows_at_once = max(1, max_elements // elements)
     with frozen(bridged, seed):
-        summaries = [
-            summarize_weights(_chunks(bridged, inputs, columns, num_particles, rows_at_once))
-            for columns in data.in_order(min(batch_size, rows_at_once))
+        scored = [
+            _summarize(_chunks(bridged, inputs, columns, num_particles, rows_at_once))
+            for columns in data.in_order(min(batch_size, rows_at_once, max(1, max_elements // num_particles)))
         ]
-    values = torch.cat([s.log_mean for s in summaries])
+    values, variance, ess, k = (torch.cat(parts) for parts in zip(*scored, strict=True))
     _require_finite(values)
-    variance = torch.cat([s.log_mean_variance for s in summaries])
-    mc_error = math.sqrt(variance.double().sum().item()) / len(values)
-    ess = torch.cat([s.ess for s in summaries])
-    return Score(values, mc_error, {"ess": ess}, num_particles, method)
+    mc_error = math.sqrt(variance.sum().item()) / len(values)
+    values = values.to(data.reader.dtype)  # sums were taken in double precision
+    return Score(values, mc_error, {"ess": ess, "pareto_k": k}, num_particles, method)
+
+
+def _summarize(chunks: Iterator[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log mean weight, its Monte Carlo variance, effective sample size and Pareto k of a batch, each (M,)."""
+    log_w = list(chunks)
+    summary = summarize_weights(log_w)
+    return summary.log_mean, summary.log_mean_variance, summary.ess, pareto_k(torch.cat(log_w)).to(summary.ess.device)
 
 
 def _chunks(program: Program, inputs: Inputs, columns: Any, num_particles: int, rows: int) -> Iterator[Tensor]:

@@ -383,7 +383,7 @@ def test_a_site_without_reparameterised_draws_is_refused_by_name(estimator):
         with pyro.plate("data", len(x)):
             pyro.sample("on", dist.Bernoulli(logits=x))
 
-    with pytest.raises(ValueError, match="site 'on'.*Bernoulli"):
+    with pytest.raises(ValueError, match=r"site 'on'.*Bernoulli"):
         pv.SGVB(estimator=estimator).loss(model, guide, torch.zeros(3))
     assert log_weights(model, guide, (torch.zeros(3),)).log_w.shape == (1, 3)  # its log weights are well defined
 

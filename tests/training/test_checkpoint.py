@@ -18,7 +18,7 @@ def checkpoint(number):
     return Checkpoint({"a/b": torch.full((3,), float(number)), "c": torch.arange(number)}, {"position": {"n": number}})
 
 
-@pytest.fixture()
+@pytest.fixture
 def directory(tmp_path):
     return RunDirectory(tmp_path)
 

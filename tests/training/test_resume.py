@@ -80,9 +80,7 @@ def test_thousand_samples_in_two_parts_equal_one(tmp_path, settings, stop):
     with torch.no_grad():
         for tensor in resumed.parameters():
             tensor.add_(1.0) if stop else None
-    run = pv.fit(
-        resumed, data, num_samples=3000, evaluate_every=700, run_dir=tmp_path / "r", resume=True, **settings
-    )
+    run = pv.fit(resumed, data, num_samples=3000, evaluate_every=700, run_dir=tmp_path / "r", resume=True, **settings)
     assert_same(parameters(straight), parameters(resumed))
     assert run.samples == whole.samples
     extra = [] if stop in (0, 7, 14, 21, 28, 29) else [100 * stop]  # where the first part ended it was evaluated too
@@ -234,7 +232,7 @@ def test_early_stop_returns_to_the_best_and_resumes(tmp_path):
     assert_same(parameters(vae), parameters(resumed))
 
 
-# A real process, killed ------------------------------------------------------------------------------------------------
+# A real process, killed -----------------------------------------------------------------------------------------------
 
 BUDGET = {"num_samples": 100_000, "evaluate_every": 20_000, "checkpoint_every": 2_000, "progress": False}
 
@@ -246,7 +244,7 @@ def _train(run_dir, started):
     pv.fit(vae, data, run_dir=run_dir, resume=True, **BUDGET)
 
 
-@pytest.fixture()
+@pytest.fixture
 def single_precision_on_one_thread():
     """As in the processes, which do not go through conftest."""
     threads = torch.get_num_threads()

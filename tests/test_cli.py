@@ -1,0 +1,265 @@
+"""The command line as a person meets it: what it does, what it says, how it exits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import pyro_vae as pv
+from pyro_vae.cli import app
+
+SMALL = ["--epochs", "2", "--hidden-dims", "8", "--latent-dim", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _single_precision_and_wide_terminal(monkeypatch, tmp_path):
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def refused(*arguments):
+    """The message of a call that must end with exit code 2 and no traceback."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A small trained run, not to be changed."""
+    torch.set_default_dtype(torch.float32)
+    path = tmp_path_factory.mktemp("runs") / "small"
+    torch.manual_seed(0)
+    pv.fit(pv.VAE((8, 8), 2, (8,)), pv.load_dataset("digits"), epochs=2, run_dir=path)
+    return path
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = "import sys, time; t = time.perf_counter(); import pyro_vae.cli; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "plot", "datasets"])
+def test_every_command_has_help_with_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: pyro-vae {command}" in " ".join(result.output.split())
+
+
+def test_every_option_is_documented():
+    from typer.main import get_command
+
+    for command in get_command(app).commands.values():
+        for parameter in command.params:
+            assert getattr(parameter, "help", "") or parameter.name == "help", (command.name, parameter.name)
+
+
+def test_train_evaluate_sample_plot(tmp_path):
+    result = run("train", *SMALL, "--run-dir", "r", "--optimizer", "adam")
+    assert result.exit_code == 0, result.output
+    assert "nats per datum" in result.output
+    history = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    assert f"{history[-1]['test_bound']:.2f}" in result.output
+
+    result = run("evaluate", "r", "--num-particles", 60, "--num-data", 50, "--json", "scores.json")
+    assert result.exit_code == 0, result.output
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["num_data"] == 50
+    assert f"{scores['log_marginal']:.2f}" in result.output
+    program = pv.load_run("r").program
+    wanted = pv.log_marginal(program, pv.load_dataset("digits").test[:50], num_particles=60)
+    assert scores["log_marginal"] == pytest.approx(wanted.mean)
+
+    assert run("sample", "r", "--num", 5, "--output", "x.npy").exit_code == 0
+    assert np.load("x.npy").shape == (5, 8, 8)
+    assert run("plot", "r").exit_code == 0
+    names = {path.stem for path in (tmp_path / "r/figures").glob("*.png")}
+    assert names == {"curves", "samples", "reconstructions", "latents", "manifold", "traversals"}
+
+
+def test_resume_goes_on_bit_for_bit():
+    assert run("train", *SMALL, "--run-dir", "straight", "--epochs", 4).exit_code == 0
+    assert run("train", *SMALL, "--run-dir", "parts").exit_code == 0
+    result = run("train", "--resume", "parts", "--epochs", 4)
+    assert result.exit_code == 0, result.output
+    a, b = (pv.load_run(path).program.state_dict() for path in ("straight", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_config_file_and_its_overrides(tmp_path):
+    (tmp_path / "c.toml").write_text('epochs = 1\nhidden-dims = [9, 7]\nlatent_dim = 3\noptimizer = "adam"\n')
+    result = run("train", "--config", "c.toml", "--run-dir", "r", "--latent-dim", 4)
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "r/config.json").read_text())
+    assert config["program"]["config"]["hidden_dims"] == [9, 7]
+    assert config["program"]["config"]["latent_dim"] == 4
+    assert config["fit"]["optimizer"] == "adam"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("latent-dmi = 3", "did you mean 'latent_dim'"),
+        ("epochs = ", "cannot read c.toml"),
+        ("[train]\nepochs = 1", "unknown key 'train'"),
+        ('epochs = "many"', "'--epochs'"),
+    ],
+)
+def test_bad_config_files(tmp_path, text, message):
+    (tmp_path / "c.toml").write_text(text)
+    assert message in refused("train", "--config", "c.toml", "--run-dir", "r")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "mnits"], "did you mean 'mnist'"),
+        (["--dataset", "no/such.npy"], "such.npy"),
+        (["--objective", "sgbv"], "did you mean 'sgvb'"),
+        (["--likelihood", "gausian"], "did you mean 'gaussian'"),
+        (["--activation", "sigmoid"], "expected one of tanh, relu, softplus"),
+        (["--optimizer", "adagard"], "did you mean 'adagrad'"),
+        (["--hidden-dims", "5,x"], "expected whole numbers such as"),
+        (["--latent-dim", "0"], "latent_dim: expected"),
+        (["--latent-dmi", "3"], "--latent-dim"),
+        (["--device", "cuda:7"], "device: expected one that this machine has"),
+        (["--epochs", "1", "--num-samples", "5"], "num_samples or epochs"),
+        (["--estimator", "C"], "estimator: expected"),
+        (["--config", "none.toml"], "cannot read none.toml"),
+        (["--resume", "nowhere"], "there is no nowhere"),
+        (["--binarize", "none"], "got grey levels"),
+        (["--patience", "0"], "patience: expected"),
+    ],
+)
+def test_bad_options_of_train(tmp_path, arguments, message):
+    given = [] if "--resume" in arguments or "--epochs" in arguments else ["--epochs", "1"]
+    where = [] if "--resume" in arguments else ["--run-dir", "r"]
+    assert message in refused("train", *given, *where, *arguments)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: np.full((20, 4, 4), np.nan, "f4"), "NaN or infinity"),
+        (lambda: np.full((20, 4, 4), 3.0, "f4"), "[0, 1]"),
+        (lambda: np.zeros((0, 4, 4), "f4"), "u.npy"),
+        (lambda: np.array(["a", "b"] * 20), "u.npy"),
+        (lambda: np.ones((20, 4, 4), "c8"), "u.npy"),
+    ],
+)
+def test_bad_data_files(tmp_path, make, message):
+    np.save(tmp_path / "u.npy", make())
+    assert message in refused("train", *SMALL, "--dataset", tmp_path / "u.npy", "--run-dir", "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_truncated_data_file(tmp_path):
+    np.savez(tmp_path / "u.npz", train=np.zeros((50, 4, 4), "f4"))
+    (tmp_path / "u.npz").write_bytes((tmp_path / "u.npz").read_bytes()[:300])
+    assert "u.npz" in refused("train", *SMALL, "--dataset", tmp_path / "u.npz", "--run-dir", "r")
+
+
+def test_own_data_from_training_to_pictures(tmp_path):
+    """A user's array that is no image: everything works but the pictures of images."""
+    np.save(tmp_path / "u.npy", np.random.default_rng(0).uniform(size=(200, 6)).astype("f4"))
+    result = run("train", *SMALL, "--dataset", tmp_path / "u.npy", "--likelihood", "gaussian", "--run-dir", "r")
+    assert result.exit_code == 0, result.output
+    assert run("evaluate", "r", "--num-particles", 10).exit_code == 0
+    assert run("plot", "r").exit_code == 0
+    assert {path.stem for path in (tmp_path / "r/figures").glob("*.png")} == {"curves", "latents"}
+    assert "does not apply to this run" in refused("plot", "r", "--kind", "manifold")
+    assert "choose a .npy output" in refused("sample", "r")
+
+
+def test_existing_run_directory(stored):
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in stored.iterdir())
+    assert "holds a run: resume it" in refused("train", *SMALL, "--run-dir", stored)
+    assert "--hidden-dims" in refused("train", "--resume", stored, "--hidden-dims", "9")
+    assert before == sorted((p.name, p.stat().st_mtime_ns) for p in stored.iterdir())
+
+
+def test_corrupt_and_foreign_runs(stored, tmp_path):
+    for name in ("config.json", "state.json", "checkpoint.safetensors"):
+        (tmp_path / name).write_bytes((stored / name).read_bytes())
+    content = bytearray((tmp_path / "checkpoint.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "checkpoint.safetensors").write_bytes(content)
+    for command in ("evaluate", "sample", "plot"):
+        assert "corrupt" in refused(command, tmp_path)
+    assert "corrupt" in refused("train", "--resume", tmp_path)
+    assert "there is no" in refused("evaluate", tmp_path / "nothing")
+    assert "holds no run" in refused("evaluate", stored.parent)
+    config = json.loads((stored / "config.json").read_text())
+    config["program"]["config"]["hidden_dims"] = [9]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "checkpoint.safetensors").write_bytes((stored / "checkpoint.safetensors").read_bytes())
+    assert "another architecture" in refused("evaluate", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "--split", "all"], "--split: expected"),
+        (["evaluate", "--num-particles", "0"], "num_particles: expected"),
+        (["plot", "--kind", "sample"], "did you mean 'samples'"),
+        (["sample", "--output", "x.gif"], ".png or .npy"),
+        (["sample", "--num", "0"], "num"),
+    ],
+)
+def test_bad_options_of_the_others(stored, arguments, message):
+    assert message in refused(arguments[0], stored, *arguments[1:])
+
+
+def test_datasets_lists_every_name():
+    result = run("datasets")
+    assert result.exit_code == 0
+    assert all(name in result.output for name in ("digits", "mnist", "frey-face", "omniglot", "caltech101-silhouettes"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_resume(tmp_path, number, code):
+    command = [sys.executable, "-m", "pyro_vae", "train", "--hidden-dims", "8", "--num-samples", "100000000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--run-dir", "r"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "r/metrics.jsonl").exists() and time.monotonic() < deadline:
+        if (tmp_path / "r/state.json").exists():
+            break
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert "go on with" in said
+    assert "pyro-vae train --resume r" in said
+    assert "Traceback" not in said
+    samples = pv.load_run("r").config["fit"]["num_samples"]
+    assert samples == 100_000_000
+
+
+def test_loss_that_is_not_finite_exits_with_2(monkeypatch, tmp_path):
+    np.save(tmp_path / "u.npy", np.full((100, 4), 0.5, "f4"))  # constant data: the Gaussian density has no bound
+    said = refused(
+        "train", "--dataset", tmp_path / "u.npy", "--likelihood", "gaussian", "--run-dir", "r", "--optimizer", "sgd",
+        "--learning-rate", "1000", "--epochs", "50",
+    )  # fmt: skip
+    assert "the loss became" in said
+    assert "site" in said
+    assert "kept in r" in said

@@ -1,0 +1,287 @@
+"""A user's data in every accepted form, checked against the program before anything is trained or scored."""
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_vae as pv
+from pyro_vae.data import Dataset
+from pyro_vae.inputs import device_of, open_inputs
+from pyro_vae.programs import as_program
+from tests import oracles
+
+
+def bernoulli():
+    return as_program(pv.VAE((2, 3), latent_dim=1, hidden_dims=(3,)))
+
+
+def gaussian():
+    return as_program(pv.VAE((2, 3), latent_dim=1, hidden_dims=(3,), likelihood="gaussian"))
+
+
+def regression(data_shape=None):
+    """Two arguments: inputs, a covariate, and y, observed."""
+
+    def model(inputs, y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("y", dist.Normal(z + inputs.flatten(1).sum(-1), 1.0), obs=y)
+
+    def guide(inputs, y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(0.5 * y, 0.8))
+
+    return pv.Program(model, guide, data_shape=data_shape)
+
+
+def read(inputs):
+    """All data of opened inputs, by argument name, as the program gets them."""
+    return inputs.tensors().rows(slice(None))
+
+
+# Forms ----------------------------------------------------------------------------------------------------------------
+
+X = np.round(np.random.default_rng(0).random((7, 2, 3)))
+FORMS = {
+    "tensor": lambda: torch.from_numpy(X),
+    "array": lambda: X,
+    "read-only array": lambda: np.broadcast_to(X, X.shape),
+    "float32": lambda: torch.from_numpy(X).float(),
+    "flat": lambda: X.reshape(7, 6),
+    "with a channel": lambda: X.reshape(7, 2, 3, 1),
+    "tuple": lambda: (torch.from_numpy(X),),
+    "list": lambda: [X],
+    "dict": lambda: {"x": torch.from_numpy(X)},
+    "uint8 0 and 255": lambda: (255 * X).astype(np.uint8),
+    "uint8 0 and 1": lambda: X.astype(np.uint8),
+    "bool": lambda: X.astype(bool),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_the_same_data_reads_the_same(form):
+    inputs = open_inputs(bernoulli(), FORMS[form]())
+    columns = read(inputs)
+    assert columns.keys() == {"x"}
+    torch.testing.assert_close(columns["x"], torch.from_numpy(X), rtol=0, atol=0)
+    args, kwargs = inputs.call(columns)
+    assert (len(args), set(kwargs)) == ((0, {"x"}) if form == "dict" else (1, set()))
+
+
+def test_a_data_set_of_which_a_split_is_taken():
+    splits = [torch.full((n, 6), float(n % 2)) for n in (3, 4, 5)]
+    data = Dataset("toy", *splits)
+    for split, expected in zip(("train", "valid", "test"), splits, strict=True):
+        assert len(open_inputs(bernoulli(), data, split=split).tensors()) == len(expected)
+
+
+def test_two_columns_by_position_and_by_name():
+    inputs, y = torch.randn(5, 2), torch.randn(5)
+    for data in ((inputs, y), [inputs, y], {"inputs": inputs, "y": y}, {"y": y, "inputs": inputs}):
+        columns = read(open_inputs(regression(), data))
+        assert torch.equal(columns["inputs"], inputs)
+        assert torch.equal(columns["y"], y)
+
+
+@pytest.mark.parametrize("names", [("inputs", "y"), ("y", "inputs")])
+def test_the_first_argument_is_reshaped_whatever_the_order_of_a_dict(names):
+    data = {"inputs": torch.randn(5, 4), "y": torch.randn(5)}
+    columns = read(open_inputs(regression(data_shape=(2, 2)), {name: data[name] for name in names}))
+    assert columns["inputs"].shape == (5, 2, 2)
+    assert columns["y"].shape == (5,)
+
+
+@pytest.mark.parametrize("batches", [list, tuple])
+def test_batches_that_somebody_else_makes(batches):
+    x, y = torch.randn(6, 2), torch.randn(6)
+    data = batches([(x[:4], y[:4]), (x[4:], y[4:])])
+    inputs = open_inputs(regression(), data)
+    found = [inputs.call(inputs.data.reader(columns)) for columns in inputs.data.raw()]
+    assert [len(args[0]) for args, _ in found] == [4, 2]
+    assert torch.equal(torch.cat([args[1] for args, _ in found]), y)
+
+
+def test_a_data_loader_and_batches_by_name():
+    x = torch.randn(6)
+    loader = torch.utils.data.DataLoader([{"inputs": x[[i]], "y": x[i]} for i in range(6)], batch_size=4)
+    inputs = open_inputs(regression(), loader)
+    for _ in range(2):  # again and again
+        assert [len(c["y"]) for c in inputs.data.raw()] == [4, 2]
+    args, kwargs = inputs.call(next(inputs.data.raw()))
+    assert args == ()
+    assert kwargs.keys() == {"inputs", "y"}
+
+
+# Binarisation ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grey", [torch.full((2000, 6), 0.3), torch.full((2000, 6), 76, dtype=torch.uint8)])
+def test_grey_levels_of_a_binary_site_are_drawn_anew_at_each_read(grey):
+    inputs = open_inputs(bernoulli(), grey)
+    first, second = read(inputs)["x"], read(inputs)["x"]
+    assert set(first.unique().tolist()) == {0.0, 1.0}
+    assert not torch.equal(first, second)
+    level = 0.3 if grey.is_floating_point() else 76 / 255
+    sd = (level * (1 - level) / 24_000) ** 0.5
+    assert torch.cat([first, second]).mean().item() == pytest.approx(level, abs=5 * sd)
+
+
+def test_each_pixel_is_drawn_with_its_own_level():
+    levels = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0, 0.3])
+    means = read(open_inputs(bernoulli(), levels.expand(4000, 6)))["x"].flatten(1).mean(0)
+    torch.testing.assert_close(means, levels, rtol=0, atol=5 * 0.5 / 4000**0.5)
+    assert means[0] == 0
+    assert means[4] == 1
+
+
+def test_binary_data_are_not_drawn():
+    inputs = open_inputs(bernoulli(), torch.from_numpy(X), binarize="dynamic")
+    assert inputs.tensors().reader.drawn == frozenset()
+
+
+def test_real_data_are_not_drawn_for_a_gaussian_likelihood():
+    grey = torch.rand(5, 6)
+    assert torch.equal(read(open_inputs(gaussian(), grey))["x"].flatten(1), grey)
+
+
+def test_uint8_levels_are_divided_by_255():
+    grey = torch.tensor([[0, 51, 102, 153, 204, 255]], dtype=torch.uint8)
+    expected = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    torch.testing.assert_close(read(open_inputs(gaussian(), grey))["x"].flatten(), expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("grey", [torch.full((3, 6), 0.5), torch.full((3, 6), 9, dtype=torch.uint8)])
+def test_binarize_none_refuses_grey_levels_under_a_binary_site(grey):
+    with pytest.raises(ValueError, match=r"\['x'\].*binary.*grey"):
+        open_inputs(bernoulli(), grey, binarize="none")
+    open_inputs(gaussian(), grey, binarize="none")
+
+
+def test_a_data_set_states_its_own_binarisation():
+    data = Dataset("toy", *[torch.full((3, 6), 0.5)] * 3, binarize="none")
+    with pytest.raises(ValueError, match="grey"):
+        open_inputs(bernoulli(), data)
+    assert open_inputs(bernoulli(), data, binarize="dynamic").tensors().reader.drawn == {"x"}
+
+
+@pytest.mark.parametrize("level", [-0.1, 1.1])
+def test_values_no_binary_site_can_have_are_refused(level):
+    with pytest.raises(ValueError, match=r"x.*1\.1|x.*-0\.1"):
+        open_inputs(bernoulli(), torch.full((3, 6), level))
+
+
+def test_values_outside_the_range_beyond_the_first_batch_are_refused():
+    x = torch.zeros(300, 6)
+    x[250] = 1.5
+    with pytest.raises(ValueError, match=r"x.*\[0, 1\].*1\.5"):
+        open_inputs(bernoulli(), x)
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+NAN = torch.zeros(5, 6)
+NAN[3, 2] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (NAN, "x.*1 of 5 rows, the first at row 3"),
+        (torch.full((5, 6), float("inf")), "x.*5 of 5 rows, the first at row 0"),
+        (torch.zeros(0, 6), r"x.*\(0, 6\)"),
+        (torch.tensor(1.0), r"x.*shape \(\)"),
+        (torch.zeros(5, 6, dtype=torch.complex64), "x.*complex"),
+        (torch.zeros(5, 7), r"\(N, 2, 3\).*6; got \(5, 7\), which is 7"),
+        (np.array(["a", "b"]), "x.*numbers"),
+        ({"y": torch.zeros(5, 6)}, r"arguments \(x"),
+        ({"x": [0.0, 1.0]}, "x.*tensor"),
+        ({}, "at least one"),
+        ((torch.zeros(5, 6), torch.zeros(5)), "at most 1"),
+        ([], "at least one|empty"),
+        (None, "NoneType"),
+        ("mnist", "str"),
+        (3, "int"),
+        ((row for row in torch.zeros(5, 1, 6)), "one-shot generator"),
+        (iter([torch.zeros(5, 6)]), "one-shot list_iterator"),
+    ],
+)
+def test_data_that_no_program_can_use_are_refused(data, said):
+    with pytest.raises(ValueError, match=said):
+        open_inputs(bernoulli(), data)
+
+
+def test_unequal_lengths_are_refused():
+    with pytest.raises(ValueError, match="'inputs': 5, 'y': 4"):
+        open_inputs(regression(), (torch.zeros(5, 2), torch.zeros(4)))
+
+
+def test_a_missing_argument_is_refused():
+    with pytest.raises(ValueError, match=r"\(inputs, y\).*'y'"):
+        open_inputs(regression(), torch.zeros(5, 2))
+
+
+def test_a_bad_batch_in_an_iterable_is_refused_when_it_comes():
+    batches = [(torch.zeros(2, 1), torch.zeros(2)), (torch.zeros(2, 1), torch.full((2,), torch.nan))]
+    inputs = open_inputs(regression(), batches)
+    with pytest.raises(ValueError, match=r"y.*NaN"):
+        list(inputs.data.raw())
+
+
+def test_an_empty_iterable_is_refused():
+    with pytest.raises(ValueError, match="empty"):
+        open_inputs(regression(), torch.utils.data.DataLoader([]))
+
+
+def test_a_program_that_subsamples_by_itself_is_refused():
+    """Its weights belong to rows that nobody outside knows: ten values for forty data."""
+
+    def model(x):
+        with pyro.plate("data", len(x), subsample_size=10) as index:
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    def guide(x):
+        with pyro.plate("data", len(x), subsample_size=10) as index:
+            pyro.sample("z", dist.Normal(x[index] / 2, 0.5**0.5))
+
+    with pytest.raises(ValueError, match=r"10 data .* 40 rows.*subsample_size=len"):
+        open_inputs(pv.Program(model, guide), torch.randn(40))
+
+
+# Device and type ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_data_take_the_floating_point_type_of_the_program(dtype):
+    vae = pv.VAE((6,), latent_dim=1, hidden_dims=(3,)).to(dtype)
+    program = as_program(vae)
+    assert device_of(program) == (torch.device("cpu"), dtype)
+    assert read(open_inputs(program, torch.zeros(5, 6, dtype=torch.uint8)))["x"].dtype == dtype
+    assert read(open_inputs(program, np.zeros((5, 6), dtype=np.float16)))["x"].dtype == dtype
+
+
+def test_labels_and_lengths_keep_their_integers():
+    """Wider integers are no grey levels."""
+    columns = read(open_inputs(regression(), (torch.randint(0, 9, (5, 2)), torch.randn(5))))
+    assert columns["inputs"].dtype == torch.int64
+
+
+def test_opening_leaves_generators_and_the_users_data_alone():
+    x, state = torch.rand(5, 6), torch.get_rng_state()
+    kept = x.clone()
+    read(open_inputs(gaussian(), x))
+    assert torch.equal(x, kept)
+    state_after_program = torch.get_rng_state()
+    program = bernoulli()
+    state = torch.get_rng_state()
+    open_inputs(program, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(state_after_program, state)  # building a program draws its weights
+
+
+def test_the_dry_run_uses_the_batch_size_it_is_told():
+    toy = oracles.SharedMean(20)
+    found = open_inputs(pv.Program(toy.model, toy.guide), torch.randn(20), batch_size=7).check
+    assert (found.batch_size, found.full_size) == (7, 20)
