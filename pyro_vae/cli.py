@@ -479,8 +479,8 @@ def datasets(root: Root = None) -> None:
 
 
 def _load(run: Path, device: str | None) -> StoredRun:
+    from pyro_vae.inputs import move_to
     from pyro_vae.runs import load_run
-    from pyro_vae.training.loop import move_to
 
     stored = load_run(run)
     if device is not None:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pyro_vae.data import BatchIterable, Columns, Dataset, Reader, TensorData, as_columns
 from pyro_vae.data.batches import is_grey, is_unscaled, require_valid
-from pyro_vae.programs import Program, ProgramCheck, check_program
+from pyro_vae.programs import HasModelAndGuide, Program, ProgramCheck, as_program, check_program
 
-__all__ = ["Inputs", "device_of", "open_inputs"]
+__all__ = ["Inputs", "device_of", "move_to", "open_inputs"]
 
 _DRY_RUN = 100
 
@@ -55,6 +55,24 @@ def device_of(program: Program) -> tuple[torch.device, torch.dtype]:
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
     return torch.get_default_device(), torch.get_default_dtype()
+
+
+def move_to(program: HasModelAndGuide, device: str | torch.device) -> None:
+    """Move a program's modules and parameters to a device, in place.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        target = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: expected one that this machine has, got {str(device)!r} ({reason})") from error
+    bridged = as_program(program)
+    for module in bridged.modules().values():
+        module.to(target)
+    for tensor in bridged.named_parameters().values():
+        tensor.data = tensor.data.to(target)
 
 
 def open_inputs(

@@ -31,12 +31,12 @@ from weakref import WeakKeyDictionary
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import broadcast_shape, scale_and_mask
 from pyro.params.param_store import ParamStoreDict
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
-from torch.distributions import constraints, kl_divergence
+from torch.distributions import Independent, constraints, kl_divergence
 
 from pyro_vae.numerics import forked_rng
 
@@ -585,7 +585,9 @@ def _base_support(site: Any) -> Any | None:
 
 def _base_name(site: Any) -> str:
     fn = site["fn"]
-    return type(getattr(fn, "base_dist", fn)).__name__
+    while isinstance(fn, (Independent, MaskedDistribution)):  # not a transformed distribution, whose base is another
+        fn = fn.base_dist
+    return type(fn).__name__
 
 
 def _is_binary(site: Any) -> bool:

@@ -567,6 +567,12 @@ def indexing_guide(x):
         pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
 
+def grey_observation(x):
+    with plate(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("x", dist.Bernoulli(logits=z), obs=x)
+
+
 def misshapen_observation(x):
     with plate(x):
         z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
@@ -583,6 +589,7 @@ MISTAKES = {
     "a dimension of no plate": (undeclared_model, undeclared, ["'z'", r"\(4, 3\)", r"to_event\(1\)"]),
     "no data plate": (no_plate_model, outside_the_plate, ['plate named "data"']),
     "outside the support": (positive_observation, OK_GUIDE, ["'x'", "LogNormal", "-1"]),
+    "no probability of ink": (grey_observation, OK_GUIDE, ["'x'", "Bernoulli", "-1 to 2"]),
     "another number of entries": (misshapen_observation, OK_GUIDE, ["'x'", r"\(4, 3\)", r"\(4, 2\)"]),
     "code that cannot broadcast": (indexing_model, indexing_guide, ["vectorize=False", "site x", "4 vs 2"]),
 }

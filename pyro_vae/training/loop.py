@@ -8,20 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import os
-import platform
 import signal
-import threading
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
-from zlib import crc32
 
 import pyro
 import torch
@@ -31,30 +25,20 @@ from torch.optim import Optimizer
 import pyro_vae
 from pyro_vae.data import BatchIterable, Columns, Dataset, TensorData
 from pyro_vae.evaluation import BoundEstimate, evaluate_bound
-from pyro_vae.inputs import Inputs, open_inputs
+from pyro_vae.inputs import Inputs, move_to, open_inputs
 from pyro_vae.objectives import SGVB
 from pyro_vae.programs import HasModelAndGuide, Program, as_program
 from pyro_vae.training import random_state
 from pyro_vae.training.checkpoint import Checkpoint, CheckpointError, RunDirectory
+from pyro_vae.training.interrupts import Signals, TrainingInterrupted
 from pyro_vae.training.optimizers import OptimizerLike, load_state, make_optimizer, optimizer_name, state_tensors
-from pyro_vae.training.progress import Report, progress_bar
+from pyro_vae.training.progress import progress_bar
+from pyro_vae.training.provenance import describe, describe_data, describe_environment, require_same_run
 from pyro_vae.training.step import NonFiniteLossError, Step, eager_step
 
-__all__ = ["Run", "TrainingInterrupted", "fit", "move_to"]
+__all__ = ["Run", "fit"]
 
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Training stopped on a signal, after the step in progress; the message says how to go on.
-
-    Attributes:
-        signal: number of the signal.
-    """
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal = signal_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +190,8 @@ def fit(
         if directory is not None:
             stack.enter_context(directory.locked())
             trainer.attach(directory, resume, program, data)
-            trainer.board = stack.enter_context(_tensorboard(directory)) if tensorboard else None
+            if tensorboard:
+                trainer.board = stack.enter_context(_tensorboard(directory, trainer.position.samples))
         stack.enter_context(pyro.validation_enabled(False))
         trainer.train(progress)
     position = trainer.position
@@ -319,31 +304,24 @@ class _Trainer:
         self.directory = directory
         config = self._config(program, data)
         if resume and directory.config_file.exists():
-            _require_same_run(directory.read_config(), config, directory)
+            require_same_run(directory.read_config(), config, directory.path)
         else:
             directory.require_new()
-        directory.write_config(config)
         if resume and directory.state_file.exists():
             self._load(directory.load())
-            directory.write_metrics(self.position.history)
-        else:
-            self._save()
+        directory.write_config(config)
+        directory.write_metrics(self.position.history)
+        self._save()
 
     def _config(self, program: Any, data: Any) -> dict[str, Any]:
         return {
             "pyro_vae_version": pyro_vae.__version__,
-            "program": _describe(program),
-            "objective": _describe(self.objective),
+            "program": describe(program),
+            "objective": describe(self.objective),
             "parameters": {name: list(tensor.shape) for name, tensor in self.parameters.items()},
-            "data": _describe_data(data, self.train_inputs),
+            "data": describe_data(data, self.train_inputs),
             "fit": vars(self.settings),
-            "environment": {
-                "torch": str(torch.__version__),
-                "python": platform.python_version(),
-                "threads": torch.get_num_threads(),
-                "device": str(next(iter(self.parameters.values())).device),
-                "dtype": str(next(iter(self.parameters.values())).dtype),
-            },
+            "environment": describe_environment(self.parameters),
         }
 
     # The loop ---------------------------------------------------------------------------------------------------------
@@ -351,11 +329,11 @@ class _Trainer:
     def train(self, progress: bool) -> None:
         """Take steps until the budget is spent; evaluate, save and stop on the way as the settings say."""
         self._saved_at = time.monotonic()
-        with progress_bar(progress, self._budget(), self.position.samples) as report, _Signals() as signals:
+        with progress_bar(progress, self._budget(), self.position.samples) as self._report, Signals() as signals:
             while not self._finished():
                 for columns in self._rest_of_epoch():
                     self._take_step(columns)
-                    self._evaluate_and_save_if_due(report)
+                    self._evaluate_and_save_if_due()
                     if signals.received is not None:
                         self._interrupt(signals.received)
                     if self._finished():
@@ -363,8 +341,8 @@ class _Trainer:
                 else:
                     self.position.epoch, self.position.batch = self.position.epoch + 1, 0
                     if self._every() is None:
-                        self._evaluate(report)
-            self._finish(report)
+                        self._evaluate()
+            self._finish()
 
     def _take_step(self, columns: Columns) -> None:
         size = len(next(iter(columns.values())))
@@ -384,16 +362,13 @@ class _Trainer:
         position.seconds += time.perf_counter() - started
         self._newest = size
 
-    def _evaluate_and_save_if_due(self, report: Report) -> None:
+    def _evaluate_and_save_if_due(self) -> None:
         every, save_every = self._every(), self.settings.checkpoint_every
-        report(self.position.samples, None)
+        self._report(self.position.samples, None)
         if every is not None and self._crossed(every):
-            self._evaluate(report)
-            if save_every is None:
-                self._save()
-        if (save_every is not None and self._crossed(save_every)) or (
-            time.monotonic() - self._saved_at > _SECONDS_BETWEEN_CHECKPOINTS
-        ):
+            self._evaluate()
+        due = save_every is not None and self._crossed(save_every)
+        if due or time.monotonic() - self._saved_at > _SECONDS_BETWEEN_CHECKPOINTS:
             self._save()
 
     def _crossed(self, every: int) -> bool:
@@ -424,17 +399,31 @@ class _Trainer:
             self._replay = _replay(data, s.seed, position.epoch, position.batch)
         return next(self._replay)
 
-    def _finish(self, report: Report) -> None:
-        history = self.position.history
-        if not history or history[-1]["samples"] != self.position.samples:
-            self._evaluate(report)
+    def _finish(self) -> None:
+        self._evaluate()
         self._save()
         if self.best:
             _copy_into(self._model_tensors(), self.best)
 
     # Evaluating -------------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, report: Report) -> None:
+    def _evaluate(self) -> None:
+        """Add a row to the history, if this position has none yet, and save it unless that has a rhythm of its own."""
+        history = self.position.history
+        if history and history[-1]["samples"] == self.position.samples:
+            return
+        history.append(row := self._row())
+        if self.directory is not None:
+            self.directory.append_metrics(row)
+        if self.board is not None:
+            for name, value in row.items():
+                if name.endswith("bound") and value is not None:
+                    self.board.add_scalar(name, value, self.position.samples)
+        self._report(self.position.samples, row)
+        if self.settings.checkpoint_every is None:
+            self._save()
+
+    def _row(self) -> dict[str, Any]:
         position = self.position
         train = self._bound(self.train_inputs) if isinstance(self.train_inputs.data, TensorData) else None
         test = self._bound(self.test_inputs)
@@ -448,14 +437,7 @@ class _Trainer:
         if (valid := self._bound(self.valid_inputs)) is not None:
             row |= {"valid_bound": valid.mean, "valid_bound_se": valid.std_error}
             self._note_best(valid.mean)
-        position.history.append(row)
-        if self.directory is not None:
-            self.directory.append_metrics(row)
-        if self.board is not None:
-            for name, value in row.items():
-                if name.endswith("bound") and value is not None:
-                    self.board.add_scalar(name, value, position.samples)
-        report(position.samples, row)
+        return row
 
     def _bound(self, inputs: Inputs | None) -> BoundEstimate | None:
         if inputs is None:
@@ -529,28 +511,6 @@ class _Trainer:
         )
 
 
-class _Signals:
-    """Notes Ctrl-C and SIGTERM while a step runs; a second one takes effect at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self.__exit__()
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def _replay(data: BatchIterable, seed: int, epoch: int, batch: int) -> Iterator[Iterator[Columns]]:
     """The epochs of an iterable from a position on; what came before is made again and left out.
 
@@ -595,76 +555,13 @@ def _copy_into(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
             tensor.copy_(values[name])
 
 
-def _require_same_run(stored: dict[str, Any], config: dict[str, Any], directory: RunDirectory) -> None:
-    """Refuse to go on with other settings than the run's, the budget apart; warn of another environment."""
-    stored_parameters, parameters = stored.get("parameters", {}), config["parameters"]
-    if stored_parameters != parameters:
-        names = sorted(stored_parameters.keys() | parameters.keys())
-        name = next((n for n in names if stored_parameters.get(n) != parameters.get(n)), "their order")
-        raise CheckpointError(
-            f"{directory.path} holds a run of another architecture: '{name}' has shape "
-            f"{stored_parameters.get(name)} there and {parameters.get(name)} here"
-        )
-    config = json.loads(json.dumps(config))
-    for section in ("objective", "data", "fit"):
-        there, here = stored.get(section) or {}, config[section] or {}
-        for name in sorted(there.keys() | here.keys()):
-            if name not in ("num_samples", "epochs") and there.get(name) != here.get(name):
-                raise CheckpointError(
-                    f"{directory.path} holds a run with {name}={there.get(name)!r}, got {here.get(name)!r}: a run "
-                    "is resumed with its own settings, except for the budget"
-                )
-    for name, value in config["environment"].items():
-        if (before := stored.get("environment", {}).get(name)) != value:
-            warnings.warn(
-                f"this run was trained with {name} {before}, now {value}: it goes on, but not bit for bit", stacklevel=4
-            )
-
-
-def _describe(thing: Any) -> dict[str, Any]:
-    """Type and, where it has one, configuration of a program or an objective, as JSON can hold them."""
-    config = getattr(thing, "config", None)
-    return {"type": type(thing).__name__} | ({"config": config} if isinstance(config, dict) else {})
-
-
-def _describe_data(data: Any, inputs: Inputs) -> dict[str, Any]:
-    """Enough of the data to know them again: name and place if they have one, and a checksum of tensors."""
-    named = {"source": data.source, "binarize": data.binarize} if isinstance(data, Dataset) else {}
-    if not isinstance(inputs.data, TensorData):
-        return {**named, "checksum": None}
-    checksum = 0
-    for name, column in inputs.data.columns.items():
-        checksum = crc32(
-            column.detach().cpu().contiguous().view(torch.uint8).numpy().data, crc32(name.encode(), checksum)
-        )
-    return {**named, "num_data": len(inputs.data), "checksum": checksum}
-
-
-def move_to(program: HasModelAndGuide, device: str | torch.device) -> None:
-    """Move a program's modules and parameters to a device, in place.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    try:
-        target = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: expected one that this machine has, got {str(device)!r} ({reason})") from error
-    bridged = as_program(program)
-    for module in bridged.modules().values():
-        module.to(target)
-    for tensor in bridged.named_parameters().values():
-        tensor.data = tensor.data.to(target)
-
-
 @contextlib.contextmanager
-def _tensorboard(directory: RunDirectory) -> Iterator[Any]:
+def _tensorboard(directory: RunDirectory, samples: int) -> Iterator[Any]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
             'tensorboard: expected the package to be installed: pip install "pyro-vae[tensorboard]"'
         ) from error
-    with SummaryWriter(str(directory.path)) as writer:
+    with SummaryWriter(str(directory.path), purge_step=samples + 1) as writer:  # what a killed process wrote beyond
         yield writer

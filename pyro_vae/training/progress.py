@@ -40,7 +40,9 @@ def progress_bar(enabled: bool, total: int | None, done: int) -> Iterator[Report
         task = progress.add_task("training", total=total, completed=done, bounds="")
 
         def report(samples: int, row: dict[str, Any] | None) -> None:
-            progress.update(task, completed=samples, bounds="" if row is None else _bounds(row))
+            progress.update(task, completed=samples)
+            if row is not None:
+                progress.update(task, bounds=_bounds(row))
 
         yield report
 

@@ -1,0 +1,77 @@
+"""What a run is, in words that JSON can hold and a later process can compare itself with."""
+
+from __future__ import annotations
+
+import json
+import platform
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from pyro_vae.data import Dataset, TensorData
+from pyro_vae.inputs import Inputs
+from pyro_vae.training.checkpoint import CheckpointError
+
+__all__ = ["describe", "describe_data", "describe_environment", "require_same_run"]
+
+
+def describe(thing: Any) -> dict[str, Any]:
+    """Type and, where it has one, configuration of a program or an objective, as JSON can hold them."""
+    config = getattr(thing, "config", None)
+    return {"type": type(thing).__name__} | ({"config": config} if isinstance(config, dict) else {})
+
+
+def describe_data(data: Any, inputs: Inputs) -> dict[str, Any]:
+    """Enough of the data to know them again: name and place if they have one, and a checksum of tensors."""
+    named = {"source": data.source, "binarize": data.binarize} if isinstance(data, Dataset) else {}
+    if not isinstance(inputs.data, TensorData):
+        return {**named, "checksum": None}
+    checksum = 0
+    for name, column in inputs.data.columns.items():
+        checksum = crc32(
+            column.detach().cpu().contiguous().view(torch.uint8).numpy().data, crc32(name.encode(), checksum)
+        )
+    return {**named, "num_data": len(inputs.data), "checksum": checksum}
+
+
+def describe_environment(parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What decides, beside the settings, whether a run can be repeated bit for bit."""
+    first = next(iter(parameters.values()))
+    return {
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "device": str(first.device),
+        "dtype": str(first.dtype),
+    }
+
+
+def require_same_run(stored: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:
+    """Refuse to go on with other settings than the run's, the budget apart; warn of another environment."""
+    stored_parameters, parameters = stored.get("parameters", {}), config["parameters"]
+    if stored_parameters != parameters:
+        names = sorted(stored_parameters.keys() | parameters.keys())
+        name = next((n for n in names if stored_parameters.get(n) != parameters.get(n)), "their order")
+        raise CheckpointError(
+            f"{path} holds a run of another architecture: '{name}' has shape "
+            f"{stored_parameters.get(name)} there and {parameters.get(name)} here"
+        )
+    config = json.loads(json.dumps(config))
+    for section in ("objective", "data", "fit"):
+        there, here = stored.get(section) or {}, config[section] or {}
+        for name in sorted(there.keys() | here.keys()):
+            if name not in ("num_samples", "epochs") and there.get(name) != here.get(name):
+                raise CheckpointError(
+                    f"{path} holds a run with {name}={there.get(name)!r}, got {here.get(name)!r}: a run "
+                    "is resumed with its own settings, except for the budget"
+                )
+    for name, value in config["environment"].items():
+        if (before := stored.get("environment", {}).get(name)) != value:
+            warnings.warn(
+                f"this run was trained with {name} {before}, now {value}: it goes on, but not bit for bit", stacklevel=4
+            )
