@@ -129,10 +129,10 @@ class Program:
     def modules(self) -> dict[str, nn.Module]:
         """Every module that the two functions refer to, by name: their own object, closures, globals and attributes."""
         found: dict[str, nn.Module] = {}
-        for function in self.functions.values():
+        for role, function in self.functions.items():
             for name, value in _references(function):
                 if isinstance(value, nn.Module) and all(value is not known for known in found.values()):
-                    found[name] = value
+                    found[name if name not in found else f"{role}.{name}"] = value
         return found
 
     @contextlib.contextmanager
@@ -152,7 +152,8 @@ class Program:
 
         A function that is a module, or a method of one, trains all of that module's parameters, registered or not.
         """
-        owners = {type(o).__name__: o for f in self.functions.values() if isinstance(o := _owner(f), nn.Module)}
+        ids = {id(_owner(function)) for function in self.functions.values()}
+        owners = {name: module for name, module in self.modules().items() if id(module) in ids}
         named = {
             name if len(owners) == 1 else f"{owner_name}.{name}": tensor
             for owner_name, owner in owners.items()

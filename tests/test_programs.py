@@ -406,6 +406,36 @@ def test_a_pyro_module_program_trains():
     assert all(not torch.equal(values(program)[name], before[name]) for name in before)
 
 
+class Half(nn.Module):
+    """One function of a program, with a parameter and a mode of its own."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.ones(())), function
+
+    def run(self, x):
+        return self.function(self.weight * x)
+
+
+def test_two_modules_of_one_class_are_both_trained_and_both_evaluated():
+    model, guide = Half(normal_model), Half(normal_guide)
+    program = pv.Program(model.run, guide.run)
+    assert {id(p) for p in program.named_parameters().values()} == {id(model.weight), id(guide.weight)}
+    with program.evaluation_mode():
+        assert not model.training
+        assert not guide.training
+
+
+def test_two_modules_of_one_variable_name_are_both_found():
+    def function(network):
+        return lambda x: network(x)
+
+    networks = [nn.BatchNorm1d(1), nn.BatchNorm1d(1)]
+    program = pv.Program(*map(function, networks))
+    assert {id(m) for m in program.modules().values()} == {id(m) for m in networks}
+    assert len(program.named_buffers()) == 6
+
+
 @pytest.mark.parametrize("used_before", [True, False])
 def test_automatic_guides_of_two_programs_are_apart(used_before):
     """PyroModule writes to the global store's dictionaries directly, not by pyro.param."""
