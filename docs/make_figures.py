@@ -2,8 +2,9 @@
 
     python docs/make_figures.py --runs runs [--reference aevb_figures.csv]
 
-Needs the runs mnist, mnist2d and frey, made by the commands in docs/results.md. The reference is a table of the paper's curves
-(columns figure, panel, method, split, training_samples, value; digitised from arXiv:1312.6114) and may be left out.
+Needs the runs mnist, mnist2d and frey, made by the commands in docs/results.md. The reference is a table of the paper's
+curves (columns figure, panel, method, split, training_samples, value; digitised from arXiv:1312.6114) and may be left
+out.
 """
 
 import argparse

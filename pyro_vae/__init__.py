@@ -26,9 +26,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyro_vae import plots as plots
     from pyro_vae.data import Dataset as Dataset
     from pyro_vae.data import load_dataset as load_dataset
     from pyro_vae.evaluation import Score as Score
+    from pyro_vae.evaluation import evaluate_bound as evaluate_bound
     from pyro_vae.evaluation import log_marginal as log_marginal
     from pyro_vae.models import VAE as VAE
     from pyro_vae.models import LinearGaussian as LinearGaussian
@@ -54,6 +56,7 @@ _HOMES = {
     "Run": "training",
     "Score": "evaluation",
     "StoredRun": "runs",
+    "evaluate_bound": "evaluation",
     "fit": "training",
     "load_dataset": "data",
     "load_run": "runs",
@@ -65,6 +68,8 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plots":
+        return importlib.import_module(f"{__name__}.plots")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -285,15 +285,11 @@ def evaluate(
     from dataclasses import replace
 
     import pyro_vae as pv
-    from pyro_vae.evaluation import evaluate_bound
-    from pyro_vae.inputs import open_inputs
-    from pyro_vae.programs import as_program
 
     stored = _load(run, device)
     data = _split(stored.dataset(root), split)
     data = replace(data, test=data.test[:num_data])
-    program = as_program(stored.program)
-    bound = evaluate_bound(program, open_inputs(program, data, split="test"), pv.SGVB(), seed=seed)
+    bound = pv.evaluate_bound(stored.program, data, seed=seed)
     score = pv.log_marginal(stored.program, data, num_particles=num_particles, batch_size=batch_size, seed=seed)
     ess, k = score.diagnostics["ess"], score.diagnostics["pareto_k"]
     heavy = int((k > 0.7).sum())
@@ -420,7 +416,8 @@ def _pictures(stored: StoredRun, root: Path | None, seed: int) -> dict[str, Call
         return _images(vae.decode(z).mean.numpy())
 
     def manifold() -> Figure:
-        return plots.plot_manifold(decoded(torch.as_tensor(plots.latent_grid(20), dtype=torch.get_default_dtype())))
+        images = decoded(torch.as_tensor(plots.latent_grid(20), dtype=torch.get_default_dtype()))
+        return plots.plot_manifold(images, pad=int(images.shape[1] <= 16))  # small images fill their frame
 
     def traversals() -> Figure:
         values = torch.linspace(-2.5, 2.5, 11)
@@ -463,7 +460,7 @@ def datasets(root: Root = None) -> None:
 
     table = Table(title=f"data sets (root: {data_root(root)})")
     for column in ("name", "shape", "train, valid, test", "binarize", "on disk", "split"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "name")
     for name, info in DATASETS.items():
         sizes = ", ".join(f"{size:,}" for size in info.sizes)
         table.add_row(

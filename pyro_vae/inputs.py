@@ -104,7 +104,7 @@ def open_inputs(
     device, dtype = device_of(program)
     reader = Reader(device, dtype, program.data_shape)
     names = _argument_names(program)
-    columns = as_columns(data, names)
+    columns = None if isinstance(data, list) else as_columns(data, names)
     if columns is not None:
         require_valid(columns)
         tensors = TensorData(columns, reader)

@@ -50,7 +50,12 @@ class WeightSummary:
 
     @property
     def log_mean_variance(self) -> Tensor:
-        """Monte Carlo variance of ``log_mean`` by the delta method, (K / ESS - 1) / K, shape (M,), nats squared."""
+        """Monte Carlo variance of ``log_mean`` by the delta method, (K / ESS - 1) / K, shape (M,), nats squared.
+
+        Not a number for K = 1, from which no variance can be told.
+        """
+        if self.num_particles == 1:
+            return torch.full_like(self.ess, math.nan)
         return (1.0 / self.ess - 1.0 / self.num_particles).clamp_min(0.0)
 
 

@@ -1,8 +1,8 @@
 """Pictures of a run: arrays in, a matplotlib `Figure` out.
 
 Nothing here knows a model, shows a window, writes a file or touches pyplot: save with
-``figure.savefig(path)``, or end a notebook cell with the figure. The style holds while a figure is built;
-the caller's `rcParams` stay as they were. Images are floats in [0, 1], bool or uint8, channels (1 or 3) last.
+``figure.savefig(path)``, or, after ``%matplotlib inline``, end a notebook cell with the figure. The style holds while
+a figure is built; the caller's `rcParams` stay as they were. Images are floats in [0, 1], bool or uint8, channels (1 or 3) last.
 """
 
 import difflib
@@ -209,15 +209,16 @@ def latent_grid(side: int) -> Floats:
 
 
 @_styled
-def plot_manifold(images: npt.ArrayLike, *, title: str | None = None) -> Figure:
+def plot_manifold(images: npt.ArrayLike, *, pad: int = 0, title: str | None = None) -> Figure:
     """Show the images decoded from `latent_grid` as one mosaic without gaps.
 
     Args:
         images: Images (side * side, H, W[, C]), row by row.
+        pad: Black pixels around each image, for images that fill their frame and would run into each other.
         title: Title, if any.
 
     Returns:
-        A figure whose only image is the mosaic, (side * H, side * W[, C]).
+        A figure whose only image is the mosaic, (side * H, side * W[, C]) without padding.
 
     Raises:
         ValueError: If `images` are not images, or their number is not a square.
@@ -231,6 +232,7 @@ def plot_manifold(images: npt.ArrayLike, *, title: str | None = None) -> Figure:
     side = round(len(array) ** 0.5)
     if side**2 != len(array):
         raise ValueError(f"images: expected side * side of them, a square number, came {len(array)}")
+    array = np.pad(array, [(0, 0), (pad, pad), (pad, pad)] + [(0, 0)] * (array.ndim - 3))
     return _show(_mosaic(array, side), title)[0]
 
 

@@ -50,6 +50,7 @@ __all__ = [
     "bind_arguments",
     "check_program",
     "log_weights",
+    "minibatch_scale",
 ]
 
 DATA_PLATE = "data"
@@ -317,6 +318,8 @@ def log_weights(
             reparameterised sample where one is asked for.
     """
     kwargs = kwargs or {}
+    if not isinstance(args, (tuple, list)):
+        raise ValueError(f"args: expected a tuple of arguments such as (x,), got {type(args).__name__}")
     if getattr(_owner(model), "vectorize", True):
         dim = -1 - _plate_nesting(model, guide, args, kwargs)
         with pyro.plate(_PARTICLE_PLATE, num_particles, dim=dim):
@@ -405,6 +408,13 @@ def _data_frame(sites: Mapping[str, Any]) -> Any:
             f'in `with pyro.plate("{DATA_PLATE}", len(x)):`; its plates are {plates}'
         )
     return frame
+
+
+def minibatch_scale(model: PyroFunction, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> float:
+    """N / M as the model's data plate states it for this batch; torch's generators are left as they were."""
+    with forked_rng(), torch.no_grad(), poutine.block():
+        trace = prune_subsample_sites(poutine.trace(model).get_trace(*args, **(kwargs or {})))
+    return _minibatch_scale(_data_frame({n: site for n, site in trace.nodes.items() if site["type"] == "sample"}))
 
 
 def _minibatch_scale(frame: Any) -> float:
@@ -532,6 +542,8 @@ def check_program(program: Program, args: Sequence[Any], kwargs: Mapping[str, An
         observed = {name: site for name, site in model_sites.items() if site["is_observed"]}
         latent = {name: site for name, site in model_sites.items() if name not in observed}
         drawn = {n: s for n, s in guide_trace.items() if not s["infer"].get("is_auxiliary")}
+        enumerated = {name for name, site in latent.items() if site["infer"].get("enumerate") and name not in drawn}
+        latent = {name: site for name, site in latent.items() if name not in enumerated}  # TraceEnum_ELBO sums them out
         _require_same_sites(latent, drawn)
         for site in (*model_sites.values(), *drawn.values()):
             _require_plates(site)
@@ -540,7 +552,8 @@ def check_program(program: Program, args: Sequence[Any], kwargs: Mapping[str, An
         frame = _data_frame(model_sites)
         for name, site in observed.items():
             _require_support(name, site)
-        _require_broadcast(program, args, kwargs)
+        if not enumerated:
+            _require_broadcast(program, args, kwargs)
     binary = {_argument_of(n, s, arguments) for n, s in observed.items() if _is_binary(s)} - {None}
     return ProgramCheck(frame.size, frame.full_size or frame.size, frozenset(map(str, binary)))
 

@@ -52,7 +52,6 @@ FORMS = {
     "flat": lambda: X.reshape(7, 6),
     "with a channel": lambda: X.reshape(7, 2, 3, 1),
     "tuple": lambda: (torch.from_numpy(X),),
-    "list": lambda: [X],
     "dict": lambda: {"x": torch.from_numpy(X)},
     "uint8 0 and 255": lambda: (255 * X).astype(np.uint8),
     "uint8 0 and 1": lambda: X.astype(np.uint8),
@@ -79,7 +78,7 @@ def test_a_data_set_of_which_a_split_is_taken():
 
 def test_two_columns_by_position_and_by_name():
     inputs, y = torch.randn(5, 2), torch.randn(5)
-    for data in ((inputs, y), [inputs, y], {"inputs": inputs, "y": y}, {"y": y, "inputs": inputs}):
+    for data in ((inputs, y), {"inputs": inputs, "y": y}, {"y": y, "inputs": inputs}):
         columns = read(open_inputs(regression(), data))
         assert torch.equal(columns["inputs"], inputs)
         assert torch.equal(columns["y"], y)
@@ -101,6 +100,11 @@ def test_batches_that_somebody_else_makes(batches):
     found = [inputs.call(inputs.data.reader(columns)) for columns in inputs.data.raw()]
     assert [len(args[0]) for args, _ in found] == [4, 2]
     assert torch.equal(torch.cat([args[1] for args, _ in found]), y)
+
+
+def test_a_list_of_tensors_is_batches_not_columns():
+    inputs = open_inputs(bernoulli(), [torch.zeros(4, 6), torch.ones(3, 6)])
+    assert [len(columns["x"]) for columns in inputs.data.raw()] == [4, 3]
 
 
 def test_a_data_loader_and_batches_by_name():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from torch import Tensor
 __all__ = ["BatchIterable", "Columns", "Reader", "TensorData", "as_columns", "is_grey", "is_unscaled", "require_valid"]
 
 Columns = dict[str, Tensor]
+
+_ROWS_AT_ONCE = 1000  # bounds the memory of floating-point copies
 
 
 def as_columns(data: Any, names: Sequence[str]) -> Columns | None:
@@ -89,8 +91,8 @@ class Reader:
 
     Whole numbers of type uint8 are grey or colour levels and are divided by 255, unless the data set has none above 1:
     then they are binary already. Other real numbers are cast to the floating-point type; wider integers (labels,
-    lengths) are left alone. The first argument is reshaped to the program's
-    ``data_shape`` if its element count agrees. Grey levels that a binary site observes are probabilities of ink and are
+    lengths) are left alone. The first argument of a program that states its ``data_shape`` is cast in any case, and
+    reshaped to it if its element count agrees. Grey levels that a binary site observes are probabilities of ink and are
     drawn anew at each read (dynamic binarisation).
 
     Attributes:
@@ -112,7 +114,7 @@ class Reader:
         read = {name: self._scale(name, column) for name, column in columns.items()}
         if self.data_shape is not None:
             first = next(iter(read))
-            read[first] = _reshape(read[first], self.data_shape)
+            read[first] = _reshape(read[first].to(self.dtype), self.data_shape)
         return {name: torch.bernoulli(x) if name in self.drawn else x for name, x in read.items()}
 
     def _scale(self, name: str, column: Tensor) -> Tensor:
@@ -173,6 +175,24 @@ class TensorData:
     def resident(self) -> TensorData:
         """The same data on the reader's device."""
         return TensorData({name: c.to(self.reader.device) for name, c in self.columns.items()}, self.reader)
+
+    def drawn_once(self, seed: int, num_data: int | None = None) -> TensorData:
+        """The first data, with grey levels that a binary site observes drawn once and for all.
+
+        For evaluations: whatever is evaluated, in whatever batches, it is evaluated on the same binary data.
+
+        Args:
+            seed: of the draws; torch's global generators are not used.
+            num_data: how many data to take; None for all.
+        """
+        columns = {name: column[:num_data] for name, column in self.columns.items()}
+        generator = torch.Generator(self.reader.device).manual_seed(seed)
+        plain = replace(self.reader, drawn=frozenset(), data_shape=None)
+        for name in self.reader.drawn & columns.keys():
+            grey = (plain({name: rows})[name] for rows in columns[name].split(_ROWS_AT_ONCE))
+            columns[name] = torch.cat([torch.bernoulli(x, generator=generator).to(torch.uint8) for x in grey])
+        unscaled = self.reader.unscaled | self.reader.drawn
+        return TensorData(columns, replace(self.reader, drawn=frozenset(), unscaled=unscaled))
 
     def rows(self, index: Tensor | slice) -> Columns:
         """Read the rows of an index (M,) or a slice."""

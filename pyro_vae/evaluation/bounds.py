@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import pyro
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data import BatchIterable, Columns
-from pyro_vae.inputs import Inputs
+from pyro_vae.inputs import Inputs, open_inputs
 from pyro_vae.numerics import forked_rng, mean_and_standard_error
-from pyro_vae.objectives import Objective
-from pyro_vae.programs import Program, log_weights
+from pyro_vae.objectives import SGVB, Objective
+from pyro_vae.programs import HasModelAndGuide, Program, as_program, minibatch_scale
 
 __all__ = ["BoundEstimate", "evaluate_bound", "frozen"]
 
@@ -50,9 +49,9 @@ def frozen(program: Program, seed: int) -> Iterator[None]:
 
 
 def evaluate_bound(
-    program: Program,
-    inputs: Inputs,
-    objective: Any,
+    program: HasModelAndGuide,
+    data: Any,
+    objective: Any = None,
     *,
     batch_size: int = 500,
     num_data: int | None = None,
@@ -61,23 +60,35 @@ def evaluate_bound(
     """The mean of an objective's bound over data, in nats per datum.
 
     Args:
-        program: the program to evaluate.
-        inputs: its data.
-        objective: one of this package's, or any ELBO of Pyro's. Pyro's give one number a batch, so the standard error
-            is then that of the mean over batches.
+        program: an object with ``.model`` and ``.guide``.
+        data: as for :func:`pyro_vae.fit`; of a data set the test split is taken.
+        objective: one of this package's (None: ``SGVB()``), or any ELBO of Pyro's. Pyro's give one number a batch, so
+            the standard error is then that of the mean over batches.
         batch_size: data at a time; it does not change the expected value.
-        num_data: take only the first so many.
-        seed: of the noise and of the binarisation.
+        num_data: take only the first so many (of an iterable of batches, all are taken).
+        seed: of the noise and of the binarisation, which depends on nothing else.
 
     Returns:
         Mean and standard error.
+
+    Raises:
+        ValueError: the data do not fit the program.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> model = pv.LinearGaussian(torch.ones(3, 1))          # its guide is the posterior: the bound is log p(x)
+        >>> x = torch.zeros(2, 3)
+        >>> abs(evaluate_bound(model, x).mean - model.log_marginal(x).mean().item()) < 1e-5
+        True
     """
+    program, objective = as_program(program), SGVB() if objective is None else objective
+    inputs = data if isinstance(data, Inputs) else open_inputs(program, data, split="test", batch_size=batch_size)
     per_datum = isinstance(objective, Objective)
     if isinstance(inputs.data, BatchIterable):
         batches: Iterator[Columns] = map(inputs.data.reader, inputs.data.raw())
     else:
         size = batch_size if per_datum else min(batch_size, 100)
-        batches = inputs.data.in_order(size) if num_data is None else _first(inputs, size, num_data)
+        batches = inputs.data.drawn_once(seed, num_data).in_order(size)
     with frozen(program, seed), _unannealed(objective):
         values = [_values(program, objective, *inputs.call(columns)) for columns in batches]
     if per_datum:
@@ -88,18 +99,12 @@ def evaluate_bound(
     return BoundEstimate(float((means * counts).sum() / counts.sum()), error)
 
 
-def _first(inputs: Inputs, batch_size: int, num_data: int) -> Iterator[Columns]:
-    data = inputs.tensors()
-    starts = range(0, min(num_data, len(data)), batch_size)
-    return (data.rows(slice(start, min(start + batch_size, num_data))) for start in islice(starts, None))
-
-
 def _values(program: Program, objective: Any, args: Any, kwargs: Any) -> Tensor:
     if isinstance(objective, Objective):
         return objective.bound(program.model, program.guide, *args, **kwargs)
     size = len((*args, *kwargs.values())[0])
     total = -objective.loss(program.model, program.guide, *args, **kwargs)
-    scale = log_weights(program.model, program.guide, args, kwargs).scale  # N / M of this very batch, short or not
+    scale = minibatch_scale(program.model, args, kwargs)  # N / M of this very batch, short or not
     return torch.full((size,), total / (scale * size))
 
 

@@ -41,6 +41,7 @@ class Score:
     Attributes:
         values: shape (N,).
         mc_error: Monte Carlo standard error of ``mean``, given these data: how a repetition with other noise varies.
+            Not a number for K = 1.
         diagnostics: per datum, shape (N,): "ess", the effective sample size, between 1 and K; "pareto_k", the shape of
             the weights' tail, to be trusted below 0.7 (:func:`pyro_vae.evaluation.diagnostics.pareto_k`).
         num_particles: K.
@@ -117,7 +118,7 @@ def log_marginal(
             raise ValueError(f"{name}: expected a whole number of at least 1, got {number!r}")
     bridged = as_program(program)
     inputs = open_inputs(bridged, x, binarize=binarize, split="test", batch_size=batch_size)
-    data = inputs.tensors()
+    data = inputs.tensors().drawn_once(seed)
     elements = max(c[0].numel() for c in data.columns.values())
     rows_at_once = max(1, max_elements // elements)
     with frozen(bridged, seed):

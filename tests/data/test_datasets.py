@@ -150,9 +150,7 @@ def test_omniglot_splits_by_drawer() -> None:
 
 def test_caltech_is_black_on_white_and_upright() -> None:
     data = load("caltech101-silhouettes")
-    source = np.unpackbits(np.load(SHARED / "caltech101_silhouettes_28.npz")["images"], axis=1) * np.uint8(
-        255
-    )
+    source = np.unpackbits(np.load(SHARED / "caltech101_silhouettes_28.npz")["images"], axis=1) * np.uint8(255)
     upright = torch.from_numpy(source.reshape(-1, 28, 28)).mT.contiguous()
     assert rows(data.train, data.valid, data.test) == rows(upright)
     assert data.train[:, 0, 0].float().mean() > 0.9 * 255  # corners are background
@@ -240,9 +238,7 @@ def test_corrupt_gz(tmp_path: Path) -> None:
     path = tmp_path / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
     path.chmod(0o644)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(
-        ValueError, match=r"t10k-images-idx3-ubyte.gz is damaged: expected md5:bef4\w+, found md5"
-    ):
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte.gz is damaged: expected md5:bef4\w+, found md5"):
         load_dataset("fashion-mnist", tmp_path)
 
 
@@ -325,9 +321,7 @@ def test_mnist_is_downloaded_once(server: Server, root: Path, monkeypatch: pytes
     server.offer(monkeypatch, "fashion-mnist")
     data = load_dataset("fashion-mnist", root)
     assert torch.equal(data.valid, load("fashion-mnist").valid)
-    assert {str(f.relative_to(root)) for f in root.rglob("*") if f.is_file()} == set(
-        DATASETS["fashion-mnist"].files
-    )
+    assert {str(f.relative_to(root)) for f in root.rglob("*") if f.is_file()} == set(DATASETS["fashion-mnist"].files)
     count = len(server.requests)
     load_dataset("fashion-mnist", root)
     assert len(server.requests) == count
@@ -349,9 +343,7 @@ def test_two_at_once_download_once(server: Server, root: Path, monkeypatch: pyte
     serve_frey_face(server)
     server.offer(monkeypatch, "frey-face")
     found: list[Dataset] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(load_dataset("frey-face", root))) for _ in range(2)
-    ]
+    threads = [threading.Thread(target=lambda: found.append(load_dataset("frey-face", root))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -414,9 +406,7 @@ def test_omniglot_is_converted(server: Server, root: Path, monkeypatch: pytest.M
     assert (found.test.numpy() == expected).all()
 
 
-def test_original_placed_by_hand_needs_no_server(
-    root: Path, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_original_placed_by_hand_needs_no_server(root: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     serve_frey_face(server)
     root.mkdir(parents=True)
     shutil.move(server.folder / "frey_rawface.mat", root)
@@ -431,9 +421,7 @@ def refuse(name: str, root: Path, match: str) -> None:
     assert not root.exists()
 
 
-def test_truncated_download_leaves_nothing(
-    server: Server, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_truncated_download_leaves_nothing(server: Server, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve_frey_face(server)
     for file in shared("FashionMNIST/raw").glob("*.gz"):
         shutil.copy(file, server.folder)
@@ -468,9 +456,7 @@ def test_failure_leaves_other_files(server: Server, root: Path, monkeypatch: pyt
     root.mkdir(parents=True)
     (root / "notes.txt").write_text("mine")
     server.offer(monkeypatch, "omniglot")
-    with pytest.raises(
-        ConnectionError, match=r"HTTP Error 404.*images_background.zip, images_evaluation.zip"
-    ):
+    with pytest.raises(ConnectionError, match=r"HTTP Error 404.*images_background.zip, images_evaluation.zip"):
         load_dataset("omniglot", root)
     assert [f.name for f in root.rglob("*")] == ["notes.txt"]
 
@@ -500,9 +486,7 @@ def test_npy_is_cut_8_1_1(tmp_path: Path) -> None:
     assert load_dataset(str(tmp_path / "x.npy"), binarize="dynamic").binarize == "dynamic"
 
 
-@pytest.mark.parametrize(
-    ("key", "labels"), [("x", "y"), ("images", "labels"), ("data", "y"), ("anything", "labels")]
-)
+@pytest.mark.parametrize(("key", "labels"), [("x", "y"), ("images", "labels"), ("data", "y"), ("anything", "labels")])
 def test_npz_with_one_array(tmp_path: Path, key: str, labels: str) -> None:
     x = np.arange(20, dtype=np.uint8).reshape(10, 2)
     np.savez(tmp_path / "a.npz", **{key: x, labels: x[:, 0] // 2})
@@ -608,9 +592,7 @@ def test_folders_are_classes(tmp_path: Path) -> None:
     assert data.train.shape == (16, 4, 4, 3)
     assert data.label_names == ("cat", "dog")
     for split in SPLITS:
-        assert (getattr(data, split)[:, 0, 0, 0] >= 100).long().tolist() == getattr(
-            data, f"{split}_labels"
-        ).tolist()
+        assert (getattr(data, split)[:, 0, 0, 0] >= 100).long().tolist() == getattr(data, f"{split}_labels").tolist()
 
 
 def test_folder_with_splits(tmp_path: Path) -> None:
