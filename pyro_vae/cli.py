@@ -293,19 +293,16 @@ def evaluate(
     score = pv.log_marginal(stored.program, data, num_particles=num_particles, batch_size=batch_size, seed=seed)
     ess, k = score.diagnostics["ess"], score.diagnostics["pareto_k"]
     heavy = int((k > 0.7).sum())
-    table = Table(title=f"{data.name}, {split}: {len(score.values):,} data, nats per datum")
-    for column in ("score", "mean", "std. error", "MC error", "ESS: median (least)", "Pareto k > 0.7"):
-        table.add_column(column, justify="left" if column == "score" else "right", no_wrap=column == "score")
-    table.add_row("lower bound", f"{bound.mean:.2f}", f"{bound.std_error:.2f}", "", "", "")
-    table.add_row(
-        f"log p(x), K = {num_particles:,}",
-        f"{score.mean:.2f}",
-        f"{score.std_error:.2f}",
-        f"{score.mc_error:.3f}",
-        f"{ess.median():.1f} ({ess.min():.1f})",
-        "" if k.isnan().all() else f"{heavy} of {len(k)}",
-    )
+    table = Table(title=f"{data.name}, {split}: {len(score.values):,} data")
+    for column in ("score", "nats per datum", "standard error"):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    table.add_row("lower bound (SGVB)", f"{bound.mean:.2f}", f"{bound.std_error:.2f}")
+    table.add_row(f"log p(x), {num_particles:,} particles", f"{score.mean:.2f}", f"{score.std_error:.2f}")
     console.print(table)
+    console.print(f"Monte Carlo error of log p(x): {score.mc_error:.3f} nats")
+    console.print(f"effective sample size: median {ess.median():.1f}, least {ess.min():.1f}, of {num_particles:,}")
+    if not k.isnan().all():
+        console.print(f"Pareto k above 0.7 (weights too uneven to trust the error): {heavy} of {len(k)} data")
     if json_file is not None:
         result = {
             "run": str(run),
@@ -459,19 +456,15 @@ def datasets(root: Root = None) -> None:
     from pyro_vae.data.datasets import data_root
 
     table = Table(title=f"data sets (root: {data_root(root)})")
-    for column in ("name", "shape", "train, valid, test", "binarize", "on disk", "split"):
-        table.add_column(column, no_wrap=column == "name")
+    for column in ("name", "shape", "train/valid/test", "binarize", "on disk"):
+        table.add_column(column, no_wrap=True)
     for name, info in DATASETS.items():
-        sizes = ", ".join(f"{size:,}" for size in info.sizes)
-        table.add_row(
-            name,
-            "x".join(map(str, info.shape)),
-            sizes,
-            info.binarize,
-            "yes" if is_available(name, root) else "no",
-            info.split,
-        )
+        sizes = "/".join(f"{size:,}" for size in info.sizes)
+        on_disk = "yes" if is_available(name, root) else "no"
+        table.add_row(name, "x".join(map(str, info.shape)), sizes, info.binarize, on_disk)
     console.print(table)
+    for name, info in DATASETS.items():
+        console.print(f"[bold]{name}[/]: {info.split} {info.citation}.", highlight=False)
     console.print("or the path of a .npy or .npz file or of a folder of images")
 
 

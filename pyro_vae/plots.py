@@ -2,7 +2,8 @@
 
 Nothing here knows a model, shows a window, writes a file or touches pyplot: save with
 ``figure.savefig(path)``, or, after ``%matplotlib inline``, end a notebook cell with the figure. The style holds while
-a figure is built; the caller's `rcParams` stay as they were. Images are floats in [0, 1], bool or uint8, channels (1 or 3) last.
+a figure is built; the caller's `rcParams` stay as they were. Images are floats in [0, 1], bool or uint8, channels
+(1 or 3) last.
 """
 
 import difflib
