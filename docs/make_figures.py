@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import pyro_vae as pv
 from pyro_vae import plots
@@ -33,6 +34,17 @@ def reference_curve(file: Path | None, panel: str) -> dict[str, tuple[np.ndarray
         ]
     samples, values = np.array(sorted(rows)).T
     return {"paper, AEVB (test)": (samples, values)}
+
+
+def overview(left: Path, right: Path) -> Image.Image:
+    """Two pictures side by side, of equal height."""
+    pictures = [Image.open(path).convert("L" if path is right else "RGB") for path in (left, right)]
+    height = min(picture.height for picture in pictures)
+    pictures = [picture.resize((picture.width * height // picture.height, height)) for picture in pictures]
+    both = Image.new("RGB", (sum(picture.width for picture in pictures), height), "white")
+    both.paste(pictures[0], (0, 0))
+    both.paste(pictures[1].convert("RGB"), (pictures[0].width, 0))
+    return both
 
 
 def main() -> None:
@@ -58,7 +70,8 @@ def main() -> None:
     vae = pv.load_run(args.runs / "mnist2d").program
     with torch.no_grad():
         grid = vae.decode(torch.tensor(plots.latent_grid(20), dtype=torch.float32)).mean
-    plots.plot_manifold(grid.numpy()).savefig(FIGURES / "mnist_manifold.png", dpi=150)
+    plots.plot_manifold(grid.numpy()).savefig(FIGURES / "mnist_manifold.png", dpi=100)
+    overview(FIGURES / "mnist_curve.png", FIGURES / "mnist_manifold.png").save(FIGURES / "overview.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -108,12 +108,13 @@ def _read_config(context: typer.Context, file: Path | None) -> Path | None:
             raise typer.BadParameter(f"unknown key {key!r} in {file}{hint}")
         if isinstance(value, dict):
             raise typer.BadParameter(f"{file}: expected a value for {key!r}, got a table")
-        defaults[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+        defaults[name] = [str(part) for part in value] if isinstance(value, list) else value
     context.default_map = {**(context.default_map or {}), **defaults}
     return file
 
 
-def _whole_numbers(text: str) -> tuple[int, ...]:
+def _whole_numbers(texts: list[str]) -> tuple[int, ...]:
+    text = ",".join(texts)
     try:
         return tuple(int(part) for part in text.replace(",", " ").split())
     except ValueError:
@@ -147,7 +148,10 @@ def train(
     root: Annotated[Path | None, _data(help=_ROOT_HELP, envvar="PYRO_VAE_DATA")] = None,
     binarize: Annotated[str | None, _data(help=_BINARIZE_HELP)] = None,
     latent_dim: Annotated[int, _model(help="Dimension of z.")] = 20,
-    hidden_dims: Annotated[str, _model(help="Widths of the encoder's hidden layers, such as 500 or 500,200.")] = "500",
+    hidden_dims: Annotated[
+        list[str],
+        _model(help="Widths of the encoder's hidden layers: 500, or 500,200, or repeated; the decoder mirrors them."),
+    ] = ["500"],  # noqa: B006 - typer copies it
     likelihood: Annotated[str, _model(help="bernoulli (binary data) or gaussian (data from 0 to 1).")] = "bernoulli",
     activation: Annotated[str, _model(help="tanh, relu or softplus.")] = "tanh",
     init: Annotated[str, _model(help="default (torch's) or paper: N(0, 0.01).")] = "default",
@@ -255,17 +259,17 @@ def _resume(context: typer.Context, options: Mapping[str, Any]) -> None:
 
 
 def _report_training(history: list[dict[str, Any]], stopped_early: bool, directory: Path) -> None:
-    last = history[-1]
-    table = Table(title=f"after {last['samples']:,} training samples, {last['seconds']:.0f} s of training")
+    row = max(history, key=lambda row: row.get("valid_bound", row["samples"]))  # of the parameters that were kept
+    table = Table(title=f"after {row['samples']:,} training samples, {row['seconds']:.0f} s of training")
     for column in ("bound on log p(x)", "nats per datum", "standard error"):
         table.add_column(column, justify="left" if column.startswith("bound") else "right")
     for split in ("train", "valid", "test"):
-        if (bound := last.get(f"{split}_bound")) is not None:
-            error = last.get(f"{split}_bound_se")
+        if (bound := row.get(f"{split}_bound")) is not None:
+            error = row.get(f"{split}_bound_se")
             table.add_row(split, f"{bound:.2f}", "" if error is None else f"{error:.2f}")
     console.print(table)
-    if stopped_early:
-        console.print("stopped early: the parameters kept are those of the best validation bound")
+    if "valid_bound" in row:
+        console.print(f"{'stopped early: ' if stopped_early else ''}parameters are those of the best validation bound")
     console.print(f"run directory: {directory}  (next: pyro-vae evaluate {directory}, pyro-vae plot {directory})")
 
 
