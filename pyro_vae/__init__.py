@@ -34,8 +34,15 @@ if TYPE_CHECKING:
     from pyro_vae.evaluation import log_marginal as log_marginal
     from pyro_vae.models import VAE as VAE
     from pyro_vae.models import LinearGaussian as LinearGaussian
+    from pyro_vae.models import SigmoidBeliefNetwork as SigmoidBeliefNetwork
+    from pyro_vae.objectives import IWAE as IWAE
     from pyro_vae.objectives import SGVB as SGVB
+    from pyro_vae.objectives import VIMCO as VIMCO
+    from pyro_vae.objectives import DReG as DReG
     from pyro_vae.objectives import Objective as Objective
+    from pyro_vae.objectives import Renyi as Renyi
+    from pyro_vae.objectives import ReweightedWakeSleep as ReweightedWakeSleep
+    from pyro_vae.objectives import WakeSleep as WakeSleep
     from pyro_vae.programs import Program as Program
     from pyro_vae.programs import log_weights as log_weights
     from pyro_vae.runs import StoredRun as StoredRun
@@ -47,6 +54,12 @@ __version__ = "0.1.0"
 
 # Imported on first use: `pyro-vae --help` need not wait for torch.
 _HOMES = {
+    "IWAE": "objectives",
+    "VIMCO": "objectives",
+    "DReG": "objectives",
+    "Renyi": "objectives",
+    "ReweightedWakeSleep": "objectives",
+    "WakeSleep": "objectives",
     "SGVB": "objectives",
     "VAE": "models",
     "Dataset": "data",
@@ -55,6 +68,7 @@ _HOMES = {
     "Program": "programs",
     "Run": "training",
     "Score": "evaluation",
+    "SigmoidBeliefNetwork": "models",
     "StoredRun": "runs",
     "evaluate_bound": "evaluation",
     "fit": "training",

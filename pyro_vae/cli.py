@@ -8,6 +8,7 @@ quick.
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import sys
@@ -129,6 +130,8 @@ _storage = functools.partial(typer.Option, rich_help_panel="Run directory")
 
 _ROOT_HELP = "Folder with the data sets, or where to download them to."
 _BINARIZE_HELP = "'dynamic' draws grey levels anew at each read, 'none' refuses them; by default as the data set says."
+_OBJECTIVE_HELP = "sgvb, iwae, dreg, renyi, vimco, wake-sleep or reweighted-wake-sleep."
+_OBJECTIVE_OPTIONS = ("num_particles", "estimator", "alpha", "gradient", "insomnia")
 _PRIOR_HELP = "Maximum a posteriori: scale of a Gaussian prior on every parameter (the paper: 1)."
 _EVALUATE_HELP = "Samples between evaluations; by default an epoch, or a hundredth of the budget."
 _CHECKPOINT_HELP = "Samples between checkpoints; by default at each evaluation, and once a minute."
@@ -155,9 +158,12 @@ def train(
     likelihood: Annotated[str, _model(help="bernoulli (binary data) or gaussian (data from 0 to 1).")] = "bernoulli",
     activation: Annotated[str, _model(help="tanh, relu or softplus.")] = "tanh",
     init: Annotated[str, _model(help="default (torch's) or paper: N(0, 0.01).")] = "default",
-    objective: Annotated[str, _objective(help="What to maximise: sgvb.")] = "sgvb",
-    num_particles: Annotated[int, _objective(help="Draws of z per datum and step (the paper's L).")] = 1,
-    estimator: Annotated[str, _objective(help="SGVB's: A samples the KL term, B takes it in closed form.")] = "A",
+    objective: Annotated[str, _objective(help=_OBJECTIVE_HELP)] = "sgvb",
+    num_particles: Annotated[int | None, _objective(help="Draws of z per datum and step (the paper's L).")] = None,
+    estimator: Annotated[str | None, _objective(help="sgvb: A samples the KL term, B takes it in closed form.")] = None,
+    alpha: Annotated[float | None, _objective(help="renyi: order of the bound, below 1.")] = None,
+    gradient: Annotated[str | None, _objective(help="dreg: dreg or stl.")] = None,
+    insomnia: Annotated[float | None, _objective(help="reweighted-wake-sleep: share of the wake phase.")] = None,
     kl_warmup: Annotated[int | None, _objective(help="Raise the KL weight from 0 to 1 over so many samples.")] = None,
     prior_scale: Annotated[float | None, _objective(help=_PRIOR_HELP)] = None,
     optimizer: Annotated[str, _training(help="Any of torch.optim by name, such as adagrad or adam.")] = "adagrad",
@@ -205,7 +211,7 @@ def train(
     run = pv.fit(
         vae,
         data,
-        objective=_make_objective(objective, num_particles=num_particles, estimator=estimator),
+        objective=_make_objective(objective, {name: options[name] for name in _OBJECTIVE_OPTIONS}),
         num_samples=budget,
         run_dir=directory,
         **settings,
@@ -213,15 +219,21 @@ def train(
     _report_training(run.history, run.stopped_early, directory)
 
 
-def _make_objective(name: str, **options: Any) -> Any:
+def _make_objective(name: str, options: Mapping[str, Any]) -> Any:
+    """The objective of a name, with the options that were given; one that it does not take is an error."""
     from pyro_vae.objectives import OBJECTIVES
 
     if name.lower() not in OBJECTIVES:
         near = get_close_matches(name.lower(), OBJECTIVES, n=1, cutoff=0.0)
-        raise ValueError(
-            f"--objective: expected one of {', '.join(OBJECTIVES)}, got {name!r}; did you mean {near[0]!r}?"
-        )
-    return OBJECTIVES[name.lower()](**options)
+        known = ", ".join(OBJECTIVES)
+        raise ValueError(f"--objective: expected one of {known}, got {name!r}; did you mean {near[0]!r}?")
+    objective = OBJECTIVES[name.lower()]
+    given = {option: value for option, value in options.items() if value is not None}
+    taken = inspect.signature(objective).parameters
+    for option in given.keys() - taken.keys():
+        flags = ", ".join(f"--{n.replace('_', '-')}" for n in taken) or "none"
+        raise ValueError(f"--{option.replace('_', '-')} is not for --objective {name}, whose options are: {flags}")
+    return objective(**given)
 
 
 def _resume(context: typer.Context, options: Mapping[str, Any]) -> None:

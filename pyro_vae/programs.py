@@ -34,6 +34,7 @@ from pyro import poutine
 from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import broadcast_shape, scale_and_mask
 from pyro.params.param_store import ParamStoreDict
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import Independent, constraints, kl_divergence
@@ -42,6 +43,7 @@ from pyro_vae.numerics import forked_rng
 
 __all__ = [
     "DATA_PLATE",
+    "Dream",
     "HasModelAndGuide",
     "LogWeights",
     "Program",
@@ -49,6 +51,7 @@ __all__ = [
     "as_program",
     "bind_arguments",
     "check_program",
+    "dream",
     "log_weights",
     "minibatch_scale",
 ]
@@ -269,6 +272,16 @@ class LogWeights:
         return self._sum_of_terms(ndim=2)
 
     @property
+    def log_joint(self) -> Tensor:
+        """Log p(x, z) of the sites in the data plate, shape (K, M)."""
+        return _sum_of(self.log_likelihood | self.log_prior, ndim=2)
+
+    @property
+    def log_q(self) -> Tensor:
+        """Log q(z | x) of the sites in the data plate, shape (K, M)."""
+        return _sum_of(self.log_guide, ndim=2)
+
+    @property
     def log_w_global(self) -> Tensor | None:
         """Log p - log q of the sites outside the data plate, shape (K,); None if there is no such site."""
         return self._sum_of_terms(ndim=1) if self.global_sites else None
@@ -286,6 +299,10 @@ class LogWeights:
         return functools.reduce(operator.add, (term for term in terms if term.ndim == ndim))
 
 
+def _sum_of(terms: Mapping[str, Tensor], ndim: int) -> Tensor:
+    return functools.reduce(operator.add, (term for term in terms.values() if term.ndim == ndim))
+
+
 def log_weights(
     model: PyroFunction,
     guide: PyroFunction,
@@ -295,6 +312,7 @@ def log_weights(
     num_particles: int = 1,
     analytic_kl: bool = False,
     reparameterized: bool = False,
+    latents: Mapping[str, Tensor] | None = None,
 ) -> LogWeights:
     """Draw K particles per datum from the guide and give every log density of them.
 
@@ -309,6 +327,7 @@ def log_weights(
             distributions are fixed when the site is drawn. A bottom-up guide of a two-layer model does not admit it
             at the lower layer.
         reparameterized: insist that gradients flow through every draw.
+        latents: take these values, (K, M, *event) by site, instead of drawing; gradients flow to them.
 
     Returns:
         The draws and their log densities, with gradients.
@@ -320,17 +339,37 @@ def log_weights(
     kwargs = kwargs or {}
     if not isinstance(args, (tuple, list)):
         raise ValueError(f"args: expected a tuple of arguments such as (x,), got {type(args).__name__}")
+    run = functools.partial(_run, model, guide, args, kwargs, analytic_kl, reparameterized)
     if getattr(_owner(model), "vectorize", True):
         dim = -1 - _plate_nesting(model, guide, args, kwargs)
         with pyro.plate(_PARTICLE_PLATE, num_particles, dim=dim):
-            return _run(model, guide, args, kwargs, analytic_kl, reparameterized)
-    return _stack([_run(model, guide, args, kwargs, analytic_kl, reparameterized) for _ in range(num_particles)])
+            return run(latents or {})
+    given = latents or {}
+    return _stack([run({name: z[k] for name, z in given.items()}) for k in range(num_particles)])
+
+
+class _Given(Messenger):  # type: ignore[misc]
+    """Sample statements of these names take these values."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
 def _run(
-    model: PyroFunction, guide: PyroFunction, args: Any, kwargs: Any, analytic_kl: bool, reparameterized: bool
+    model: PyroFunction,
+    guide: PyroFunction,
+    args: Any,
+    kwargs: Any,
+    analytic_kl: bool,
+    reparameterized: bool,
+    latents: Mapping[str, Tensor],
 ) -> LogWeights:
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    guide_trace = poutine.trace(_Given(latents)(guide)).get_trace(*args, **kwargs)
     # Replayed with the subsamples of its plates: a plate that draws its own minibatch draws the guide's.
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     observed, latent = _split(prune_subsample_sites(model_trace))
@@ -348,6 +387,62 @@ def _run(
         analytic_kl=analytic,
         scale=_minibatch_scale(data),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Dream:
+    """A joint draw (x, z) from a model, with nothing observed.
+
+    Attributes:
+        args: the model's positional arguments, observed ones replaced by what was drawn.
+        kwargs: the keyword arguments, likewise.
+        latents: draws of z by site, with a particle axis of one: (1, M, *event).
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    latents: dict[str, Tensor]
+
+
+@torch.no_grad()
+def dream(model: PyroFunction, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Dream:
+    """Draw latents and data from the model: what wake-sleep's sleep phase shows the guide.
+
+    Args:
+        model: Pyro function. An argument that has the name of an observed site is data, and is replaced by what is
+            drawn; any other is a covariate and is kept.
+        args: positional arguments: a minibatch of M data, whose shapes are the dream's.
+        kwargs: keyword arguments.
+
+    Returns:
+        The draw, without gradients.
+
+    Raises:
+        ValueError: an observed site has no argument of its name, or a latent site lies outside the data plate.
+    """
+    arguments = _signature(model).bind(*args, **(kwargs or {}))
+    trace = prune_subsample_sites(poutine.trace(poutine.uncondition(model)).get_trace(*args, **(kwargs or {})))
+    latents = {}
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample":
+            continue
+        if site["infer"].get("was_observed"):
+            if name not in arguments.arguments:
+                raise ValueError(
+                    f"the observed site '{name}' has no argument of its name to hand a dreamt value to the guide by: "
+                    f"expected an argument '{name}', got {list(arguments.arguments)}"
+                )
+            arguments.arguments[name] = site["value"].detach()
+        elif _frame(site, DATA_PLATE) is None:
+            raise ValueError(f"a dream is of data and their latents: site '{name}' is not in the data plate")
+        else:
+            latents[name] = site["value"].detach()[None]
+    return Dream(arguments.args, dict(arguments.kwargs), latents)
+
+
+def _signature(function: PyroFunction) -> inspect.Signature:
+    owner = _owner(function)
+    return inspect.signature(owner.functions[function.__name__] if isinstance(owner, Program) else function)
 
 
 def _stack(draws: Sequence[LogWeights]) -> LogWeights:
@@ -389,8 +484,7 @@ def _require_reparameterized(drawn: Mapping[str, Any]) -> None:
         if not site["fn"].has_rsample:
             raise ValueError(
                 f"site '{name}' is drawn from {_base_name(site)}, which has no reparameterised sample, so the "
-                "draw has no gradient: use an objective with a score-function gradient, such as pyro.infer.Trace_ELBO "
-                "or TraceEnum_ELBO, or a continuous relaxation"
+                "draw has no gradient: use VIMCO, ReweightedWakeSleep or WakeSleep, or a continuous relaxation"
             )
 
 

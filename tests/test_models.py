@@ -1,6 +1,7 @@
 """The VAE against formulas written out by hand, and the linear-Gaussian model against the dense joint Gaussian."""
 
 import copy
+import itertools
 import json
 import math
 
@@ -230,3 +231,46 @@ def test_linear_gaussian_follows_its_parameters():
 def test_linear_gaussian_refuses(args, options):
     with pytest.raises(ValueError, match="expected"):
         pv.LinearGaussian(*args, **options)
+
+
+# The sigmoid belief network -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("latent_dims", [(3,), (4, 2), (3, 2, 2)])
+def test_belief_network_scores_what_it_samples(latent_dims):
+    """Importance sampling of every binary datum sums to one, and to the frequencies of its own samples."""
+    network = pv.SigmoidBeliefNetwork((2, 2), latent_dims)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_()
+        for parameter in network.up.parameters():
+            parameter.zero_()  # a uniform guide: even weights
+    every = torch.tensor(list(itertools.product([0.0, 1.0], repeat=4))).reshape(16, 2, 2)
+    probability = pv.log_marginal(network, every, num_particles=20_000).values.exp()
+    assert probability.sum().item() == pytest.approx(1.0, abs=0.02)
+    samples = network.sample(20_000)
+    frequency = (samples[:, None] == every).all(-1).all(-1).double().mean(0)
+    torch.testing.assert_close(probability, frequency, atol=0.02, rtol=0)
+
+
+def test_belief_network_sites_and_refusals():
+    network = pv.SigmoidBeliefNetwork((6,), (4, 2))
+    x = torch.ones(5, 6)
+    weights = pv.log_weights(network.model, network.guide, (x,), num_particles=3)
+    assert {name: tuple(z.shape) for name, z in weights.latents.items()} == {"z_1": (3, 5, 4), "z_2": (3, 5, 2)}
+    assert type(network)(**network.config).config == network.config
+    assert network.sample(2, mean=True).shape == (2, 6)
+    with pytest.raises(ValueError, match=r"'z_1'.*VIMCO, ReweightedWakeSleep or WakeSleep"):
+        pv.fit(network, x, epochs=1)
+    with pytest.raises(ValueError, match="latent_dims: expected"):
+        pv.SigmoidBeliefNetwork((6,), (4, 0))
+
+
+@pytest.mark.parametrize("objective", [pv.WakeSleep(), pv.ReweightedWakeSleep(5), pv.VIMCO(5)], ids=repr)
+def test_belief_network_learns(objective):
+    torch.set_default_dtype(torch.float32)
+    data = pv.load_dataset("digits")
+    network = pv.SigmoidBeliefNetwork((8, 8), (20,))
+    untrained = pv.log_marginal(network, data, num_particles=50).mean
+    pv.fit(network, data, objective=objective, optimizer="adam", learning_rate=5e-3, epochs=10)
+    assert pv.log_marginal(network, data, num_particles=50).mean > untrained + 10

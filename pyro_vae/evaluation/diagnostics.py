@@ -42,7 +42,8 @@ def pareto_k(log_w: Tensor) -> Tensor:
     tail = wide.topk(math.ceil(min(len(wide) / 5, 3 * math.sqrt(len(wide)))) + 1, dim=0).values
     fits = wide.isfinite().all(0) & (tail[0] - tail[-1] > 1e-9)
     if fits.any():
-        k[fits] = torch.from_numpy(_arviz_k()(wide[:, fits].T.contiguous().numpy()))
+        with np.errstate(over="ignore"):  # in ArviZ's profile of the fit, where infinity is the right limit
+            k[fits] = torch.from_numpy(_arviz_k()(wide[:, fits].T.contiguous().numpy()))
     return k
 
 

@@ -1,6 +1,7 @@
 """Generative models with their guides. Models know networks and distributions, never how they are trained."""
 
+from pyro_vae.models.belief_network import SigmoidBeliefNetwork
 from pyro_vae.models.linear_gaussian import LinearGaussian
 from pyro_vae.models.vae import VAE
 
-__all__ = ["VAE", "LinearGaussian"]
+__all__ = ["VAE", "LinearGaussian", "SigmoidBeliefNetwork"]

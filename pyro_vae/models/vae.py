@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pyro_vae.models.registration import register
 from pyro_vae.networks import ACTIVATIONS, MLP, GaussianMLP, init_paper
 
-__all__ = ["VAE"]
+__all__ = ["VAE", "positive_ints"]
 
 LIKELIHOODS = ("bernoulli", "gaussian")
 INITS = ("default", "paper")
@@ -60,9 +60,9 @@ class VAE(nn.Module):
         init: str = "default",
     ) -> None:
         super().__init__()
-        self.data_shape = _positive_ints("data_shape", (data_shape,) if isinstance(data_shape, int) else data_shape)
-        (self.latent_dim,) = _positive_ints("latent_dim", (latent_dim,))
-        self.hidden_dims = _positive_ints("hidden_dims", hidden_dims, may_be_empty=True)
+        self.data_shape = positive_ints("data_shape", (data_shape,) if isinstance(data_shape, int) else data_shape)
+        (self.latent_dim,) = positive_ints("latent_dim", (latent_dim,))
+        self.hidden_dims = positive_ints("hidden_dims", hidden_dims, may_be_empty=True)
         self.likelihood = _one_of("likelihood", likelihood, LIKELIHOODS)
         self.activation = _one_of("activation", activation, tuple(ACTIVATIONS))
         self.init = _one_of("init", init, INITS)
@@ -135,7 +135,8 @@ class VAE(nn.Module):
         return flat.reshape(*flat.shape[:-1], *self.data_shape)
 
 
-def _positive_ints(name: str, values: Sequence[int], *, may_be_empty: bool = False) -> tuple[int, ...]:
+def positive_ints(name: str, values: Sequence[int], *, may_be_empty: bool = False) -> tuple[int, ...]:
+    """The sizes as a tuple, if they are whole numbers of at least 1."""
     numbers = tuple(values)
     if any(not isinstance(n, int) or n < 1 for n in numbers) or not (numbers or may_be_empty):
         raise ValueError(f"{name}: expected whole numbers of at least 1, got {values!r}")

@@ -1,8 +1,28 @@
 """Learning objectives: each is a ``pyro.infer.ELBO`` and works in ``pyro_vae.fit`` and in ``pyro.infer.SVI`` alike."""
 
 from pyro_vae.objectives.base import Objective
+from pyro_vae.objectives.importance import IWAE, VIMCO, DReG, Renyi
 from pyro_vae.objectives.sgvb import SGVB
+from pyro_vae.objectives.wake_sleep import ReweightedWakeSleep, WakeSleep
 
-OBJECTIVES: dict[str, type[Objective]] = {"sgvb": SGVB}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "sgvb": SGVB,
+    "iwae": IWAE,
+    "dreg": DReG,
+    "renyi": Renyi,
+    "vimco": VIMCO,
+    "wake-sleep": WakeSleep,
+    "reweighted-wake-sleep": ReweightedWakeSleep,
+}
 
-__all__ = ["OBJECTIVES", "SGVB", "Objective"]
+__all__ = [
+    "IWAE",
+    "OBJECTIVES",
+    "SGVB",
+    "VIMCO",
+    "DReG",
+    "Objective",
+    "Renyi",
+    "ReweightedWakeSleep",
+    "WakeSleep",
+]

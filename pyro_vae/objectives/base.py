@@ -9,7 +9,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-__all__ = ["Objective"]
+__all__ = ["Objective", "value_with_gradient_of"]
 
 
 class Objective(ELBO):  # type: ignore[misc]
@@ -61,3 +61,8 @@ class Objective(ELBO):  # type: ignore[misc]
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         """Part of Pyro's protocol for ELBOs that read traces; the package's read ``programs.log_weights``."""
         raise NotImplementedError("objectives of pyro_vae read programs.log_weights, not traces")
+
+
+def value_with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
+    """A scalar with the value of one expression and the gradient of another."""
+    return value.detach() + surrogate - surrogate.detach()
