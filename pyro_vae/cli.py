@@ -238,7 +238,9 @@ def _make_objective(name: str, options: Mapping[str, Any]) -> Any:
 
 def _resume(context: typer.Context, options: Mapping[str, Any]) -> None:
     """Go on with a run from its directory: everything but the budget is read there."""
-    from pyro_vae.runs import StoredRun, build_model, build_objective
+    import torch
+
+    from pyro_vae.runs import StoredRun, build_model, build_objective, fit_settings
     from pyro_vae.training import fit
     from pyro_vae.training.checkpoint import RunDirectory, RunDirectoryError
 
@@ -252,9 +254,10 @@ def _resume(context: typer.Context, options: Mapping[str, Any]) -> None:
     if not directory.path.is_dir():
         raise RunDirectoryError(f"expected the directory of a run, but there is no {directory.path}")
     config = directory.read_config()
+    torch.manual_seed(config.get("fit", {}).get("seed", 0))  # the run may have been killed before its first checkpoint
     model = build_model(config, directory.path)
     data = StoredRun(directory.path, model, config, []).dataset(options["root"])
-    settings = dict(config["fit"])
+    settings = fit_settings(config, directory.path)
     if options["num_samples"] is not None or options["epochs"] is not None:
         settings |= {"num_samples": options["num_samples"], "epochs": options["epochs"]}
     run = fit(

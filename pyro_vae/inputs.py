@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data import BatchIterable, Columns, Dataset, Reader, TensorData, as_columns
-from pyro_vae.data.batches import is_grey, is_unscaled, require_valid
+from pyro_vae.data.batches import is_grey, is_unscaled, require_range, require_valid
 from pyro_vae.programs import HasModelAndGuide, Program, ProgramCheck, as_program, check_program
 
 __all__ = ["Inputs", "device_of", "move_to", "open_inputs"]
@@ -123,7 +123,10 @@ def _open_batches(program: Program, batches: BatchIterable, binarize: str | None
     columns, by_name = batches.columns(first), isinstance(first, Mapping)
     size = len(next(iter(columns.values())))
     check, reader = _fit_reader(program, columns, batches.reader, by_name, binarize, size)
-    return Inputs(replace(batches, reader=reader), by_name, check)
+    # One batch does not tell what the next ones hold: each is checked as it comes, and drawn where drawing is allowed.
+    drawn = reader.drawn if binarize == "none" else check.binary_arguments & columns.keys()
+    whole = replace(batches, reader=replace(reader, drawn=drawn), binary=check.binary_arguments, binarize=binarize)
+    return Inputs(whole, by_name, check)
 
 
 def _argument_names(program: Program) -> tuple[str, ...]:
@@ -147,10 +150,14 @@ def _fit_reader(
             "datum, and minibatches are cut before the program is called; it states the size of the whole data set by "
             'pyro.plate("data", N, subsample_size=len(x))'
         )
-    grey = {name for name in check.binary_arguments & columns.keys() if is_grey(name, columns[name])}
+    binary = check.binary_arguments & columns.keys()
+    grey = {name for name in binary if is_grey(name, columns[name], name in unscaled)}
     if grey and binarize == "none":
         raise ValueError(
             f"data {sorted(grey)} are observed by a binary site: expected values 0 and 1 (0 and 255 for uint8), got "
-            'grey levels; binarize="dynamic" draws them anew at each read, or choose a likelihood for real numbers'
+            'grey levels; binarize="dynamic" (--binarize dynamic) draws them anew at each read, or choose a likelihood '
+            "for real numbers, such as gaussian"
         )
+    if program.data_range is not None:
+        require_range(next(iter(few)), columns[next(iter(few))], program.data_range, next(iter(few)) in unscaled)
     return check, replace(reader, drawn=frozenset(grey))

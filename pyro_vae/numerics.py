@@ -8,13 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
+import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["WeightSummary", "forked_rng", "log_mean_exp", "mean_and_standard_error", "summarize_weights"]
+__all__ = [
+    "WeightSummary",
+    "forked_rng",
+    "log_mean_exp",
+    "mean_and_standard_error",
+    "summarize_weights",
+    "whole_number",
+]
 
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
@@ -41,22 +52,16 @@ class WeightSummary:
     Attributes:
         log_mean: log (1/K) sum_k w_k, shape (M,), nats.
         ess: effective sample size (sum w)^2 / sum w^2, shape (M,), between 1 and K.
+        log_mean_variance: Monte Carlo variance of ``log_mean`` by the jackknife, shape (M,), nats squared; not a number
+            for K = 1. (The delta method's (K / ESS - 1) / K never exceeds 1, however uneven the weights: where one
+            weight carries the sum, leaving it out tells how far off the estimate may be.)
         num_particles: K, over all chunks.
     """
 
     log_mean: Tensor
     ess: Tensor
+    log_mean_variance: Tensor
     num_particles: int
-
-    @property
-    def log_mean_variance(self) -> Tensor:
-        """Monte Carlo variance of ``log_mean`` by the delta method, (K / ESS - 1) / K, shape (M,), nats squared.
-
-        Not a number for K = 1, from which no variance can be told.
-        """
-        if self.num_particles == 1:
-            return torch.full_like(self.ess, math.nan)
-        return (1.0 / self.ess - 1.0 / self.num_particles).clamp_min(0.0)
 
 
 def summarize_weights(chunks: Iterable[Tensor]) -> WeightSummary:
@@ -69,7 +74,7 @@ def summarize_weights(chunks: Iterable[Tensor]) -> WeightSummary:
         chunks: tensors of shape (K_i, M); K is the sum of the K_i, which may differ.
 
     Returns:
-        The log mean weight and the effective sample size per datum.
+        The log mean weight, its variance and the effective sample size per datum.
 
     Raises:
         ValueError: there is no chunk.
@@ -80,17 +85,29 @@ def summarize_weights(chunks: Iterable[Tensor]) -> WeightSummary:
         >>> bool(torch.isclose(whole.log_mean, parts.log_mean).all())
         True
     """
-    log_sums: list[tuple[Tensor, Tensor]] = []
-    num_particles = 0
-    for log_w in chunks:
-        wide = log_w.double()
-        log_sums.append((wide.logsumexp(0), (2 * wide).logsumexp(0)))
-        num_particles += log_w.shape[0]
-    if not log_sums:
+    wide = [log_w.double() for log_w in chunks]
+    if not wide:
         raise ValueError("expected at least one chunk of log weights, got none")
-    log_sum, log_sum_squares = (torch.stack(part).logsumexp(0) for part in zip(*log_sums, strict=True))
-    ess = (2 * log_sum - log_sum_squares).exp().clamp(1.0, num_particles)
-    return WeightSummary(log_sum - math.log(num_particles), ess, num_particles)
+    count = sum(len(log_w) for log_w in wide)
+    log_sum = _log_sum(log_w.logsumexp(0) for log_w in wide)
+    log_sum_squares = _log_sum((2 * log_w).logsumexp(0) for log_w in wide)
+    ess = (2 * log_sum - log_sum_squares).exp().clamp(1.0, count)
+    return WeightSummary(log_sum - math.log(count), ess, _jackknife_variance(wide, log_sum, count), count)
+
+
+def _log_sum(parts: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).logsumexp(0)
+
+
+def _jackknife_variance(chunks: list[Tensor], log_sum: Tensor, count: int) -> Tensor:
+    """(K - 1) / K sum_k (t_k - mean t)^2 of the estimates t_k without particle k (Efron & Stein 1981)."""
+    if count == 1:
+        return torch.full_like(log_sum, math.nan)
+    # Without particle k the log sum is log_sum + log(1 - w~_k); the constant part drops out of the variance.
+    shifts = [torch.log1p(-(log_w - log_sum).exp().clamp(max=1 - 2**-53)) for log_w in chunks]
+    mean = sum(shift.sum(0) for shift in shifts) / count
+    squares = sum(((shift - mean) ** 2).sum(0) for shift in shifts)
+    return torch.as_tensor((count - 1) / count * squares)
 
 
 def mean_and_standard_error(values: Tensor) -> tuple[float, float]:
@@ -113,7 +130,28 @@ def mean_and_standard_error(values: Tensor) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def forked_rng() -> Iterator[None]:
-    """Put torch's generators (of the CPU and of the current CUDA device, if in use) back on leaving."""
+    """Put the global generators back on leaving: numpy's, Python's, torch's of the CPU and of a CUDA device in use."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 - the global generator is meant
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+
+
+def whole_number(name: str, value: Any, least: int = 1, most: float = math.inf) -> int:
+    """A whole number (numpy's too, but no boolean) within limits.
+
+    Raises:
+        ValueError: it is not; says what was expected of ``name``.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or not least <= number <= most:
+        limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ValueError(f"{name}: expected a whole number {limits}, got {value!r}")
+    return number

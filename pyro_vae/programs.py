@@ -35,7 +35,7 @@ from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import broadcast_shape, scale_and_mask
 from pyro.params.param_store import ParamStoreDict
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Independent, constraints, kl_divergence
 
@@ -54,6 +54,7 @@ __all__ = [
     "dream",
     "log_weights",
     "minibatch_scale",
+    "same_minibatch",
 ]
 
 DATA_PLATE = "data"
@@ -88,6 +89,7 @@ class Program:
         vectorize: draw all particles in one call, by a plate on the left. False calls the functions once per particle,
             for code that cannot broadcast.
         data_shape: shape of one datum of the first argument; data with as many elements are reshaped to it.
+        data_range: the least and the greatest value that the first argument's data may have; None for any.
 
     Example:
         >>> import pyro.distributions as dist
@@ -111,6 +113,7 @@ class Program:
         *,
         vectorize: bool = True,
         data_shape: Sequence[int] | None = None,
+        data_range: tuple[float, float] | None = None,
     ) -> None:
         for role, function in (("model", model), ("guide", guide)):
             if not callable(function):
@@ -119,6 +122,7 @@ class Program:
         self._own_parameters = _OwnParameters()
         self.vectorize = vectorize
         self.data_shape = None if data_shape is None else tuple(data_shape)
+        self.data_range = data_range
 
     def model(self, *args: Any, **kwargs: Any) -> Any:
         """Run the generative model with this program's parameters."""
@@ -156,17 +160,34 @@ class Program:
 
         A function that is a module, or a method of one, trains all of that module's parameters, registered or not.
         """
-        ids = {id(_owner(function)) for function in self.functions.values()}
-        owners = {name: module for name, module in self.modules().items() if id(module) in ids}
-        named = {
-            name if len(owners) == 1 else f"{owner_name}.{name}": tensor
-            for owner_name, owner in owners.items()
-            for name, tensor in owner.named_parameters()
-            if tensor.requires_grad
-        }
-        known = {id(tensor) for tensor in named.values()}
-        stored = self._own_parameters.store.named_parameters()
-        return named | {name: tensor for name, tensor in stored if id(tensor) not in known}
+        modules, stored = self.modules(), dict(self._own_parameters.store.named_parameters())
+        owners = [owner for f in self.functions.values() if isinstance(owner := _owner(f), nn.Module)]
+        trained = {id(tensor) for tensor in stored.values()}
+        trained |= {id(tensor) for owner in owners for tensor in owner.parameters() if tensor.requires_grad}
+        # By the modules' own names where they are known: the store's may hold a number that no other process shares.
+        named: dict[str, Tensor] = {}
+        for module_name, module in modules.items():
+            for name, tensor in module.named_parameters():
+                if id(tensor) in trained:
+                    trained.remove(id(tensor))
+                    named[name if len(modules) == 1 else f"{module_name}.{name}"] = tensor
+        return named | {name: tensor for name, tensor in stored.items() if id(tensor) in trained}
+
+    def param(self, name: str) -> Tensor:
+        """The value of a ``pyro.param`` statement of this program, in its constrained space.
+
+        Raises:
+            KeyError: no such statement has run.
+        """
+        with self._own_parameters:
+            value: Tensor = pyro.param(name)
+            return value.detach()
+
+    def __repr__(self) -> str:
+        names = ", ".join(
+            f"{role}={getattr(f, '__qualname__', type(f).__name__)}" for role, f in self.functions.items()
+        )
+        return f"Program({names})"
 
     def named_buffers(self) -> dict[str, Tensor]:
         """Buffers (running statistics, constants) of every module the functions refer to."""
@@ -203,17 +224,27 @@ def _owner(function: PyroFunction) -> Any:
     return getattr(function, "__self__", function)
 
 
-def _references(function: PyroFunction) -> Iterator[tuple[str, Any]]:
+def _references(function: PyroFunction, seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
+    """What a function refers to by name, and what the functions of the same package among it refer to."""
+    seen = set() if seen is None else seen
+    seen.add(id(function))
     owner = _owner(function)
     if isinstance(owner, nn.Module):
         yield type(owner).__name__, owner
     elif owner is not function:
         yield from vars(owner).items()
     plain = inspect.unwrap(getattr(function, "__func__", function))
-    if inspect.isfunction(plain):
-        names = inspect.getclosurevars(plain)
-        yield from names.nonlocals.items()
-        yield from names.globals.items()
+    if not inspect.isfunction(plain):
+        return
+    names = inspect.getclosurevars(plain)
+    for name, value in (*names.nonlocals.items(), *names.globals.items()):
+        yield name, value
+        if inspect.isroutine(value) and id(value) not in seen and _package(value) == _package(plain):
+            yield from _references(value, seen)
+
+
+def _package(function: PyroFunction) -> str:
+    return str(getattr(function, "__module__", "")).partition(".")[0]
 
 
 def as_program(program: HasModelAndGuide) -> Program:
@@ -231,8 +262,8 @@ def as_program(program: HasModelAndGuide) -> Program:
         )
     kept: dict[str, Any] = vars(program)
     if "_pyro_vae_program" not in kept:
-        data_shape = getattr(program, "data_shape", None)
-        kept["_pyro_vae_program"] = Program(program.model, program.guide, data_shape=data_shape)
+        data_shape, data_range = (getattr(program, name, None) for name in ("data_shape", "data_range"))
+        kept["_pyro_vae_program"] = Program(program.model, program.guide, data_shape=data_shape, data_range=data_range)
     return kept["_pyro_vae_program"]  # type: ignore[no-any-return]
 
 
@@ -244,7 +275,7 @@ class LogWeights:
     summed over the event and over every other plate.
 
     Attributes:
-        latents: guide draws by site, (K, M, *event) or (K, *event).
+        latents: guide draws by site, auxiliary ones too, (K, M, *event) or (K, *event).
         log_likelihood: log p(x | z) of each observed site.
         log_prior: log p(z) of each latent site, given its parents.
         log_guide: log q(z | x) of each latent site, and of the guide's auxiliary ones: an AutoGuide draws an auxiliary
@@ -345,7 +376,24 @@ def log_weights(
         with pyro.plate(_PARTICLE_PLATE, num_particles, dim=dim):
             return run(latents or {})
     given = latents or {}
-    return _stack([run({name: z[k] for name, z in given.items()}) for k in range(num_particles)])
+    with same_minibatch():
+        return _stack([run({name: z[k] for name, z in given.items()}) for k in range(num_particles)])
+
+
+class same_minibatch(Messenger):  # type: ignore[misc]
+    """A context in which a plate that draws its own minibatch draws the same one each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["name"] in self.drawn:
+            msg["value"], msg["done"] = self.drawn[msg["name"]], True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            self.drawn[msg["name"]] = msg["value"]
 
 
 class _Given(Messenger):  # type: ignore[misc]
@@ -375,12 +423,17 @@ def _run(
     observed, latent = _split(prune_subsample_sites(model_trace))
     drawn, auxiliary = _guide_sites(prune_subsample_sites(guide_trace))
     _require_same_sites(latent, drawn)
+    if latents and (free := sorted(auxiliary.keys() - latents.keys())):
+        raise ValueError(
+            f"the guide draws auxiliary sites {free}, as an automatic guide does, so its density at given values of "
+            f"{sorted(drawn)} is not known: write a guide that draws those sites themselves"
+        )
     if reparameterized:
         _require_reparameterized(drawn | auxiliary)
     data = _data_frame({**observed, **latent})
     analytic = _analytic_kl(latent, drawn) if analytic_kl else {}
     return LogWeights(
-        latents={name: site["value"] for name, site in drawn.items()},
+        latents={name: site["value"] for name, site in (drawn | auxiliary).items()},
         log_likelihood={name: _log_prob(site) for name, site in observed.items()},
         log_prior={name: _log_prob(site) for name, site in latent.items() if name not in analytic},
         log_guide={name: _log_prob(site) for name, site in (drawn | auxiliary).items() if name not in analytic},
@@ -418,31 +471,57 @@ def dream(model: PyroFunction, args: Sequence[Any], kwargs: Mapping[str, Any] | 
         The draw, without gradients.
 
     Raises:
-        ValueError: an observed site has no argument of its name, or a latent site lies outside the data plate.
+        ValueError: an observed site has no argument of its name, or one of another shape; or a latent site lies outside
+            the data plate.
     """
-    arguments = _signature(model).bind(*args, **(kwargs or {}))
-    trace = prune_subsample_sites(poutine.trace(poutine.uncondition(model)).get_trace(*args, **(kwargs or {})))
+    positions = [name for name, _ in zip(_signature(model).parameters, args, strict=False)]
+    given = dict(zip(positions, args, strict=False)) | dict(kwargs or {})
+    dreaming = _Dreaming()
+    trace = prune_subsample_sites(poutine.trace(dreaming(model)).get_trace(*args, **(kwargs or {})))
     latents = {}
+    dreamt = {}
     for name, site in trace.nodes.items():
-        if site["type"] != "sample":
+        if site["type"] != "sample" or site["infer"].get("_deterministic"):
             continue
-        if site["infer"].get("was_observed"):
-            if name not in arguments.arguments:
+        if name in dreaming.sites:
+            if name not in given:
                 raise ValueError(
                     f"the observed site '{name}' has no argument of its name to hand a dreamt value to the guide by: "
-                    f"expected an argument '{name}', got {list(arguments.arguments)}"
+                    f"expected an argument '{name}', got {list(given)}"
                 )
-            arguments.arguments[name] = site["value"].detach()
+            dreamt[name] = site["value"].detach()
+            if dreamt[name].shape != given[name].shape:
+                raise ValueError(
+                    f"a dream of site '{name}' has shape {tuple(dreamt[name].shape)} and cannot take the place of the "
+                    f"argument '{name}' of shape {tuple(given[name].shape)}: observe the argument as it is"
+                )
         elif _frame(site, DATA_PLATE) is None:
             raise ValueError(f"a dream is of data and their latents: site '{name}' is not in the data plate")
         else:
             latents[name] = site["value"].detach()[None]
-    return Dream(arguments.args, dict(arguments.kwargs), latents)
+    # By position where they came by position, for the guide may order its arguments in another way.
+    dreamt_args = tuple(dreamt.get(name, value) for name, value in zip(positions, args, strict=False))
+    dreamt_kwargs = {name: dreamt.get(name, value) for name, value in (kwargs or {}).items()}
+    return Dream(dreamt_args + tuple(args[len(positions) :]), dreamt_kwargs, latents)
+
+
+class _Dreaming(Messenger):  # type: ignore[misc]
+    """Observed sites are drawn, deterministic ones left alone (``poutine.uncondition`` redraws them, misshapen)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and not msg["infer"].get("_deterministic"):
+            self.sites.add(msg["name"])
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
 def _signature(function: PyroFunction) -> inspect.Signature:
     owner = _owner(function)
-    return inspect.signature(owner.functions[function.__name__] if isinstance(owner, Program) else function)
+    plain = owner.functions[function.__name__] if isinstance(owner, Program) else function
+    return inspect.signature(plain.forward if isinstance(plain, nn.Module) else plain)
 
 
 def _stack(draws: Sequence[LogWeights]) -> LogWeights:
@@ -457,8 +536,9 @@ def _stack(draws: Sequence[LogWeights]) -> LogWeights:
 
 
 def _split(model_trace: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Observed and latent sample sites of a model's trace, in ancestral order."""
+    """Observed and latent sample sites of a model's trace, in ancestral order; deterministic ones are neither."""
     sites = {name: site for name, site in model_trace.nodes.items() if site["type"] == "sample"}
+    sites = {name: site for name, site in sites.items() if not site["infer"].get("_deterministic")}  # no density
     observed = {name: site for name, site in sites.items() if site["is_observed"]}
     return observed, {name: site for name, site in sites.items() if name not in observed}
 
@@ -632,7 +712,7 @@ def check_program(program: Program, args: Sequence[Any], kwargs: Mapping[str, An
     kwargs = kwargs or {}
     arguments = bind_arguments(program, args, kwargs)
     with pyro.validation_enabled(True), program.evaluation_mode():
-        model_sites, guide_trace = _plain_traces(program.model, program.guide, args, kwargs)
+        model_sites, guide_trace = _first_run(program, arguments, args, kwargs)
         observed = {name: site for name, site in model_sites.items() if site["is_observed"]}
         latent = {name: site for name, site in model_sites.items() if name not in observed}
         drawn = {n: s for n, s in guide_trace.items() if not s["infer"].get("is_auxiliary")}
@@ -650,6 +730,21 @@ def check_program(program: Program, args: Sequence[Any], kwargs: Mapping[str, An
             _require_broadcast(program, args, kwargs)
     binary = {_argument_of(n, s, arguments) for n, s in observed.items() if _is_binary(s)} - {None}
     return ProgramCheck(frame.size, frame.full_size or frame.size, frozenset(map(str, binary)))
+
+
+def _first_run(program: Program, arguments: Mapping[str, Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    try:
+        return _plain_traces(program.model, program.guide, args, kwargs)
+    except (RuntimeError, IndexError) as error:
+        given = {name: (tuple(x.shape), x.dtype) for name, x in arguments.items() if isinstance(x, Tensor)}
+        raise ValueError(
+            f"the program fails on a batch {given}: {_first_line(error)}. (Program(model, guide, data_shape=(784,)) "
+            "reshapes the first argument's data; observed batch dimensions that are one event need .to_event())"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _require_plates(site: Any) -> None:
@@ -726,7 +821,7 @@ def _require_broadcast(program: Program, args: Any, kwargs: Any) -> None:
         raise ValueError(
             "the program runs, but not with a plate of particles on the left of its own: write code that broadcasts "
             "over leading dimensions (z[..., 0], not z[:, 0]), or use Program(model, guide, vectorize=False). "
-            f"The error was: {error}"
+            f"The error was: {_first_line(error)}"
         ) from error
 
 

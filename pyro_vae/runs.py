@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from pyro_vae import models
 from pyro_vae.data import Dataset, load_dataset
+from pyro_vae.inputs import open_inputs
 from pyro_vae.objectives import OBJECTIVES, Objective
-from pyro_vae.training.checkpoint import CheckpointError, RunDirectory, RunDirectoryError
+from pyro_vae.programs import HasModelAndGuide, as_program
+from pyro_vae.training import fit
+from pyro_vae.training.checkpoint import CheckpointError, RunDirectory, RunDirectoryError, copy_into, model_tensors
+from pyro_vae.training.provenance import checksum
 
-__all__ = ["StoredRun", "build_model", "build_objective", "load_run"]
+__all__ = ["StoredRun", "build_model", "build_objective", "fit_settings", "load_run"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,41 +45,60 @@ class StoredRun:
             root: where named data sets are kept; see :func:`pyro_vae.load_dataset`.
 
         Raises:
-            CheckpointError: the run was trained on data that have no name.
+            CheckpointError: the run was trained on data that have no name, or that have changed since.
         """
         described = self.config["data"]
         if "source" not in described:
             raise CheckpointError(
                 f"the run in {self.path} was trained on data without a name or a path; pass them yourself"
             )
-        return load_dataset(described["source"], root=root, binarize=described["binarize"])
+        data = load_dataset(described["source"], root=root, binarize=described["binarize"])
+        if checksum([data.train]) != described["checksum"]:
+            raise CheckpointError(
+                f"{described['source']} has changed since the run in {self.path} was trained on it, and its splits may "
+                "hold other data: pass the data yourself"
+            )
+        return data
 
 
-def load_run(run_dir: str | os.PathLike[str]) -> StoredRun:
-    """Read a run whose program is a model of this package.
-
-    A program of your own functions is restored by ``fit(program, data, run_dir=..., resume=True)`` with the settings of
-    the run, which does nothing more once the budget is spent.
+def load_run(run_dir: str | os.PathLike[str], program: HasModelAndGuide | None = None, data: Any = None) -> StoredRun:
+    """Read a run.
 
     Args:
         run_dir: the directory that ``fit`` or ``pyro-vae train`` wrote.
+        program: the run's program, whose parameters are overwritten in place; None builds a model of this package.
+        data: some data that the program takes, for one run of it: a program that names its parameters in its functions
+            (``pyro.param``, ``pyro.module``) has none before. A program of your own needs them.
 
     Returns:
-        The run; its program is on the CPU.
+        The run. A program that was built is on the CPU.
 
     Raises:
         RunDirectoryError: there is no such directory.
-        CheckpointError: it holds no run, the checkpoint is corrupt, or its program is not a model of this package.
+        CheckpointError: it holds no run, the checkpoint is corrupt or of another architecture, or the program is not a
+            model of this package and was not passed.
+
+    Example:
+        >>> import tempfile, pyro_vae as pv
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     vae = pv.VAE((8, 8), 2, (16,))
+        ...     run = pv.fit(vae, pv.load_dataset("digits"), epochs=1, run_dir=folder)
+        ...     same = load_run(folder).program
+        >>> bool((same.decoder[0].weight == vae.decoder[0].weight).all())
+        True
     """
     directory = RunDirectory(Path(run_dir))
     if not directory.path.is_dir():
         raise RunDirectoryError(f"expected the directory of a run, but there is no {directory.path}")
     config = directory.read_config()
     checkpoint = directory.load()
-    program = build_model(config, directory.path)
     tensors = checkpoint.part("best") or checkpoint.part("model")
-    program.to(next(iter(tensors.values())).dtype)
-    _load_parameters(program, tensors)
+    if program is None:
+        program = build_model(config, directory.path).to(next(iter(tensors.values())).dtype)
+    bridged = as_program(program)
+    if data is not None:
+        open_inputs(bridged, data)
+    copy_into(model_tensors(bridged, bridged.named_parameters()), tensors)
     return StoredRun(directory.path, program, config, checkpoint.state["position"]["history"])
 
 
@@ -91,7 +114,29 @@ def build_model(config: Mapping[str, Any], path: Path) -> Any:
             f"the program of {path} is {described.get('type')}, which only its own code can build: "
             "restore it by fit(program, data, run_dir=..., resume=True)"
         )
-    return getattr(models, described["type"])(**described["config"])
+    with _config_of(path):
+        return getattr(models, described["type"])(**described["config"])
+
+
+@contextlib.contextmanager
+def _config_of(path: Path) -> Iterator[None]:
+    """What a damaged configuration leads to is an error of the configuration."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / 'config.json'} is corrupt: {type(error).__name__}: {error}") from error
+
+
+def fit_settings(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The settings of a run's configuration, as arguments of ``fit``.
+
+    Raises:
+        CheckpointError: they are not there, or not those of ``fit``.
+    """
+    with _config_of(path):
+        settings = dict(config["fit"])
+        inspect.signature(fit).bind(None, None, **settings)
+        return settings
 
 
 def build_objective(config: Mapping[str, Any], path: Path) -> Objective:
@@ -103,17 +148,9 @@ def build_objective(config: Mapping[str, Any], path: Path) -> Objective:
     described = config.get("objective", {})
     for cls in OBJECTIVES.values():
         if cls.__name__ == described.get("type") and "config" in described:
-            return cls(**described["config"])
+            with _config_of(path):
+                return cls(**described["config"])
     raise CheckpointError(
         f"the objective of {path} is {described.get('type')}, which only its own code can build: go on by "
         "fit(..., objective=..., run_dir=..., resume=True)"
     )
-
-
-def _load_parameters(program: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    prefix = "parameters/"
-    values = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    try:
-        program.load_state_dict(values)
-    except RuntimeError as error:
-        raise CheckpointError(f"the checkpoint is of another architecture: {error}") from error

@@ -254,3 +254,172 @@ class SharedMean:
         )
         q = Gaussian(torch.cat([torch.tensor([0.2]), 0.5 * x]), torch.diag(torch.tensor([0.16, *[0.64] * N])))
         return elbo(Gaussian.of_noise(torch.zeros(2 * N + 1), root), q, x)
+
+
+# Parameters per datum: one backward pass gives M independent gradients ------------------------------------------------
+
+
+class ScalarGaussian:
+    """z ~ N(0, 1), x ~ N(a z + b, s^2), q(z | x) = N(gain x + offset, scale^2): M copies of one datum and parameters.
+
+    ``theta`` (a, b, log s) and ``phi`` (gain, offset, log scale) are leaves (M,).
+    """
+
+    theta_values, phi_values = (0.9, 0.2, math.log(0.7)), (0.5, -0.3, math.log(0.9))
+    x = 1.1
+
+    def __init__(self, num_data: int) -> None:
+        self.data = (torch.full((num_data,), self.x),)
+        self.theta, self.phi = (
+            [torch.full((num_data,), value).requires_grad_() for value in values]
+            for values in (self.theta_values, self.phi_values)
+        )
+
+    def model(self, x):
+        a, b, log_s = self.theta
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(a * z + b, log_s.exp()), obs=x)
+
+    def guide(self, x, observations=None):  # the second argument is for pyro.infer.ReweightedWakeSleep
+        gain, offset, log_scale = self.phi
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(gain * x + offset, log_scale.exp()))
+
+    @classmethod
+    def expectation(cls, surrogate: Callable, num_nodes: int = 80) -> tuple[Tensor, Tensor]:
+        """The mean over two draws z = (z_1, z_2) of q, by Gauss-Hermite quadrature, and its gradient, (6,).
+
+        Args:
+            surrogate: of the densities and of standard normal noise (2, n, n), to terms (n, n); it detaches what its
+                estimator holds fixed.
+            num_nodes: of the quadrature, in each dimension.
+        """
+        parameters = [torch.tensor(value).requires_grad_() for value in (*cls.theta_values, *cls.phi_values)]
+        nodes, weights = (torch.as_tensor(part) for part in np.polynomial.hermite_e.hermegauss(num_nodes))
+        noise = torch.stack(torch.meshgrid(nodes, nodes, indexing="ij"))
+        weights = weights[:, None] * weights / (2 * math.pi)
+        value = (weights * surrogate(_ScalarDensities(parameters, cls.x), noise)).sum()
+        gradient = torch.autograd.grad(value, parameters, allow_unused=True)
+        return value.detach(), torch.stack([torch.zeros(()) if g is None else g for g in gradient])
+
+    @classmethod
+    def log_marginal(cls) -> float:
+        a, b, log_s = cls.theta_values
+        variance = a**2 + math.exp(2 * log_s)
+        return -0.5 * ((cls.x - b) ** 2 / variance + math.log(2 * math.pi * variance))
+
+
+@dataclass
+class _ScalarDensities:
+    parameters: list[Tensor]
+    x: float
+
+    def draw(self, noise: Tensor, x: Tensor | float | None = None) -> Tensor:
+        gain, offset, log_scale = self.parameters[3:]
+        return gain * (self.x if x is None else x) + offset + log_scale.exp() * noise
+
+    def log_joint(self, z: Tensor) -> Tensor:
+        a, b, log_s = self.parameters[:3]
+        return _log_normal(z, 0.0, torch.zeros(())) + _log_normal(self.x, a * z + b, log_s)
+
+    def log_q(self, z: Tensor, x: Tensor | float | None = None) -> Tensor:
+        gain, offset, log_scale = self.parameters[3:]
+        return _log_normal(z, gain * (self.x if x is None else x) + offset, log_scale)
+
+
+def _log_normal(x, mean, log_scale):
+    return -0.5 * ((x - mean) / log_scale.exp()) ** 2 - log_scale - 0.5 * math.log(2 * math.pi)
+
+
+class BeliefNetwork:
+    """A sigmoid belief network of 2 binary latents and 3 binary observations: M copies of one datum and parameters.
+
+    ``theta`` (prior logits; weight, bias) and ``phi`` (weight, offset of the guide's logits) are leaves (M, ...).
+    """
+
+    theta_values = (
+        ((0.4, -0.6),),
+        ((1.5, -0.8), (-1.1, 0.9), (0.5, 1.2)),
+        ((-0.3, 0.2, 0.1),),
+    )
+    phi_values = (((0.6, -0.4, 0.3), (-0.2, 0.5, 0.8)), ((0.3, -0.5),))
+    x = (1.0, 0.0, 1.0)
+
+    def __init__(self, num_data: int) -> None:
+        self.data = (torch.tensor(self.x).expand(num_data, 3),)
+        self.theta, self.phi = (
+            [torch.tensor(value).expand(num_data, -1, -1).clone().requires_grad_() for value in values]
+            for values in (self.theta_values, self.phi_values)
+        )
+
+    def model(self, x):
+        prior, weight, bias = self.theta
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(logits=prior[:, 0]).to_event(1))
+            logits = (weight * z[..., None, :]).sum(-1) + bias[:, 0]
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def guide(self, x):
+        weight, offset = self.phi
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=(weight * x[..., None, :]).sum(-1) + offset[:, 0]).to_event(1))
+
+    @classmethod
+    def tables(cls) -> tuple[list[Tensor], Tensor, Tensor, int]:
+        """Parameters; log p(x, z) and log q(z | x) of every x and z, (8, 4) each; and which of the x the datum is."""
+        parameters = [torch.tensor(v).requires_grad_() for v in (*cls.theta_values, *cls.phi_values)]
+        prior, weight, bias, gain, offset = parameters
+        x, z = _binary(3), _binary(2)
+        log_joint = _log_bernoulli(z, prior).sum(-1) + _log_bernoulli(x[:, None], z @ weight.T + bias).sum(-1)
+        log_q = _log_bernoulli(z, (x @ gain.T + offset)[:, None]).sum(-1)
+        return parameters, log_joint, log_q, int((x == torch.tensor(cls.x)).all(-1).nonzero())
+
+    @classmethod
+    def expectation(cls, surrogate: Callable, num_particles: int) -> tuple[Tensor, Tensor]:
+        """The mean over K draws of q by enumeration of all 4^K, and its gradient, flat.
+
+        Args:
+            surrogate: of log p(x, z) and log q(z | x), each (K, 4^K), to (4^K,) terms to be summed with the draws'
+                probability already in them.
+            num_particles: K.
+        """
+        parameters, log_joint, log_q, datum = cls.tables()
+        tuples = torch.cartesian_prod(*[torch.arange(4)] * num_particles).reshape(-1, num_particles).T
+        value = surrogate(log_joint[datum, tuples], log_q[datum, tuples]).sum()
+        return value.detach(), _flat_gradient(value, parameters)
+
+    @classmethod
+    def sleep(cls) -> Tensor:
+        """Gradient of E_{(x, z) ~ p} log q(z | x) with p held fixed, flat."""
+        parameters, log_joint, log_q, _ = cls.tables()
+        return _flat_gradient((log_joint.detach().exp() * log_q).sum(), parameters)
+
+    @classmethod
+    def log_marginal(cls) -> Tensor:
+        _, log_joint, _, datum = cls.tables()
+        return log_joint[datum].logsumexp(0).detach()
+
+
+def _binary(width: int) -> Tensor:
+    return torch.cartesian_prod(*[torch.arange(2.0)] * width)
+
+
+def _log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
+    return x * logits - torch.log1p(logits.exp())
+
+
+def _flat_gradient(value: Tensor, parameters: list[Tensor]) -> Tensor:
+    gradient = torch.autograd.grad(value, parameters, allow_unused=True)
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, gradient, strict=True)]
+    )
+
+
+def gradients_per_datum(objective, toy) -> Tensor:
+    """Independent samples (M, n) of the gradient of minus the loss, theta's and then phi's."""
+    loss = objective.differentiable_loss(toy.model, toy.guide, *toy.data)
+    parameters = [*toy.theta, *toy.phi]
+    found = torch.autograd.grad(-loss, parameters, allow_unused=True)
+    rows = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    return torch.cat([row.reshape(len(row), -1) for row in rows], 1)

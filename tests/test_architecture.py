@@ -19,11 +19,11 @@ PICTURE: dict[str, set[str]] = {
     "hmc": {"numerics", "programs"},
     "smc": {"numerics", "programs"},
     "inputs": {"programs", "data"},
-    "models": {"networks", "distributions"},
+    "models": {"networks", "distributions", "numerics"},
     "objectives": {"programs", "hmc", "smc", "numerics"},
     "evaluation": {"objectives", "programs", "hmc", "smc", "compile", "numerics", "inputs", "data"},
     "tasks": {"programs", "hmc", "inputs", "data"},
-    "training": {"evaluation", "objectives", "compile", "programs", "inputs", "data"},
+    "training": {"evaluation", "objectives", "compile", "programs", "inputs", "data", "numerics"},
     "runs": {"models", "objectives", "training", "programs", "inputs", "data"},
 }
 PICTURE["experiments"] = set(PICTURE)

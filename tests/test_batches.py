@@ -90,7 +90,7 @@ def test_float64_rows_that_are_read_are_views_or_copies_but_never_scaled_in_plac
     ("column", "expected"),
     [
         (torch.tensor([0, 1], dtype=torch.uint8), True),
-        (torch.tensor([0, 0], dtype=torch.uint8), True),
+        (torch.tensor([0, 0], dtype=torch.uint8), False),  # blank either way: as a first batch it must not decide
         (torch.tensor([0, 2], dtype=torch.uint8), False),
         (torch.tensor([0, 1]), False),
         (torch.tensor([0.0, 1.0]), False),
@@ -112,7 +112,7 @@ def test_uint8_data_without_levels_above_one_are_binary_already(column, expected
     ],
 )
 def test_grey_levels_are_seen(column, expected):
-    assert is_grey("x", column) is expected
+    assert is_grey("x", column, is_unscaled(column)) is expected
 
 
 def test_only_the_named_columns_are_drawn():

@@ -99,6 +99,16 @@ def test_resume_goes_on_bit_for_bit():
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_killed_before_its_first_checkpoint_a_run_starts_again_as_it_did(tmp_path):
+    assert run("train", *SMALL, "--run-dir", "straight").exit_code == 0
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed/config.json").write_bytes((tmp_path / "straight/config.json").read_bytes())
+    torch.manual_seed(77)
+    assert run("train", "--resume", "killed").exit_code == 0
+    a, b = (pv.load_run(path).program.state_dict() for path in ("straight", "killed"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_config_file_and_its_overrides(tmp_path):
     (tmp_path / "c.toml").write_text('epochs = 1\nhidden-dims = [9, 7]\nlatent_dim = 3\noptimizer = "adam"\n')
     result = run("train", "--config", "c.toml", "--run-dir", "r", "--latent-dim", 4)

@@ -63,8 +63,27 @@ def test_summary_against_plain_formulas():
     summary = summarize_weights([log_w])
     np.testing.assert_allclose(summary.log_mean, np.log(w.mean(0)), rtol=0, atol=1e-13)
     np.testing.assert_allclose(summary.ess, w.sum(0) ** 2 / (w**2).sum(0), rtol=1e-12)
-    relative_variance = w.var(0) / w.mean(0) ** 2  # delta method: var(log mean w) = var(w) / (K (E w)^2)
-    np.testing.assert_allclose(summary.log_mean_variance, relative_variance / K, rtol=1e-11)
+    without = np.log(np.stack([np.delete(w, k, axis=0).mean(0) for k in range(K)]))  # jackknife
+    np.testing.assert_allclose(summary.log_mean_variance, (K - 1) * without.var(0), rtol=1e-9)
+
+
+def test_variance_of_even_weights_is_the_delta_methods():
+    log_w = 0.01 * torch.randn(5000, 3)
+    summary = summarize_weights([log_w])
+    delta = log_w.exp().var(0, correction=0) / log_w.exp().mean(0) ** 2 / 5000
+    torch.testing.assert_close(summary.log_mean_variance, delta, rtol=1e-3, atol=0)
+
+
+def test_variance_tells_of_one_weight_that_carries_the_sum():
+    """Ten nats above the others: left out, the estimate falls by about as much."""
+    log_w = torch.zeros(1000, 1)
+    log_w[7] = 10.0 + math.log(1000)
+    assert 9.5 < summarize_weights([log_w]).log_mean_variance.sqrt().item() < 10.5
+    assert summarize_weights([log_w.float() * 100]).log_mean_variance.isfinite().all()
+
+
+def test_no_variance_from_one_weight():
+    assert summarize_weights([torch.zeros(1, 2)]).log_mean_variance.isnan().all()
 
 
 def test_effective_sample_size_at_its_ends():

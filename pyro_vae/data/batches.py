@@ -17,7 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BatchIterable", "Columns", "Reader", "TensorData", "as_columns", "is_grey", "is_unscaled", "require_valid"]
+__all__ = [
+    "BatchIterable",
+    "Columns",
+    "Reader",
+    "TensorData",
+    "as_columns",
+    "is_grey",
+    "is_unscaled",
+    "require_range",
+    "require_valid",
+]
 
 Columns = dict[str, Tensor]
 
@@ -46,7 +56,10 @@ def as_columns(data: Any, names: Sequence[str]) -> Columns | None:
     if not isinstance(data, (tuple, list)) or not all(isinstance(v, (Tensor, np.ndarray)) for v in data):
         return None
     if len(data) > len(names):
-        raise ValueError(f"expected at most {len(names)} tensors, for the arguments {list(names)}; got {len(data)}")
+        raise ValueError(
+            f"expected at most {len(names)} tensors, for the arguments {list(names)}; got {len(data)}. What the "
+            "program does not take, such as labels, must be left out of the data"
+        )
     return {name: _as_tensor(name, value) for name, value in zip(names, data, strict=False)}
 
 
@@ -128,24 +141,34 @@ class Reader:
 
 def is_unscaled(column: Tensor) -> bool:
     """Whether a uint8 column holds 0 and 1 rather than levels from 0 to 255."""
-    return column.dtype == torch.uint8 and column.max().item() <= 1
+    return column.dtype == torch.uint8 and column.max().item() == 1
 
 
-def is_grey(name: str, column: Tensor) -> bool:
+def require_range(name: str, column: Tensor, limits: tuple[float, float], unscaled: bool = False) -> None:
+    """Refuse values outside of a range; uint8 levels are taken as divided by 255 unless unscaled.
+
+    Raises:
+        ValueError: there are such values.
+    """
+    if column.dtype == torch.bool:
+        return
+    one = 255 if column.dtype == torch.uint8 and not unscaled else 1
+    low, high = column.min().item() / one, column.max().item() / one
+    if low < limits[0] or high > limits[1]:
+        raise ValueError(
+            f"data '{name}': expected values in [{limits[0]:g}, {limits[1]:g}], got values from {low:.4g} to {high:.4g}"
+        )
+
+
+def is_grey(name: str, column: Tensor, unscaled: bool = False) -> bool:
     """Whether data for a binary site have values strictly between 0 and 1 (0 and 255 for uint8 levels).
 
     Raises:
         ValueError: there are values outside of that range.
     """
-    one = 255 if column.dtype == torch.uint8 and not is_unscaled(column) else 1
-    if column.dtype == torch.bool:
-        return False
-    if column.min() < 0 or column.max() > one:
-        raise ValueError(
-            f"data '{name}' are observed by a binary site: expected values in [0, {one}], "
-            f"got values from {column.min().item():.4g} to {column.max().item():.4g}"
-        )
-    return not bool(((column == 0) | (column == one)).all())
+    require_range(name, column, (0.0, 1.0), unscaled)
+    one = 255 if column.dtype == torch.uint8 and not unscaled else 1
+    return column.dtype != torch.bool and not bool(((column == 0) | (column == one)).all())
 
 
 def _reshape(column: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -226,11 +249,15 @@ class BatchIterable:
         batches: yields tensors, or tuples or dicts of them.
         names: argument names for what comes by position.
         reader: makes a batch of what the iterable yields.
+        binary: names of the arguments that a binary site observes, whose values must lie in [0, 1].
+        binarize: "none" refuses grey levels among them.
     """
 
     batches: Iterable[Any]
     names: tuple[str, ...]
     reader: Reader
+    binary: frozenset[str] = frozenset()
+    binarize: str | None = None
 
     def first(self) -> Any:
         """The first batch, as it comes. The iterable is asked for it once, and for nothing more.
@@ -253,6 +280,9 @@ class BatchIterable:
         if columns is None:
             raise ValueError(f"expected batches of tensors, or tuples or dicts of them; got {type(batch).__name__}")
         require_valid(columns)
+        for name in self.binary & columns.keys():
+            if is_grey(name, columns[name], name in self.reader.unscaled) and self.binarize == "none":
+                raise ValueError(f"data '{name}': expected values 0 and 1 with binarize=\"none\", got grey levels")
         return columns
 
     def raw(self) -> Iterator[Columns]:

@@ -36,7 +36,7 @@ class BoundEstimate:
 def frozen(program: Program, seed: int) -> Iterator[None]:
     """Evaluate without a trace: no gradients, modules in evaluation mode, and noise of its own from ``seed``.
 
-    Torch's generators and the modules' modes are put back afterwards.
+    The global generators (torch's, numpy's, Python's) and the modules' modes are put back afterwards.
     """
     with (
         program.evaluation_mode(),
@@ -44,7 +44,7 @@ def frozen(program: Program, seed: int) -> Iterator[None]:
         torch.no_grad(),
         pyro.validation_enabled(False),
     ):
-        torch.manual_seed(seed)
+        pyro.set_rng_seed(seed)
         yield
 
 
@@ -84,12 +84,12 @@ def evaluate_bound(
     program, objective = as_program(program), SGVB() if objective is None else objective
     inputs = data if isinstance(data, Inputs) else open_inputs(program, data, split="test", batch_size=batch_size)
     per_datum = isinstance(objective, Objective)
-    if isinstance(inputs.data, BatchIterable):
-        batches: Iterator[Columns] = map(inputs.data.reader, inputs.data.raw())
-    else:
-        size = batch_size if per_datum else min(batch_size, 100)
-        batches = inputs.data.drawn_once(seed, num_data).in_order(size)
     with frozen(program, seed), _unannealed(objective):
+        if isinstance(inputs.data, BatchIterable):  # opened in here: a DataLoader draws a number when it is
+            batches: Iterator[Columns] = map(inputs.data.reader, inputs.data.raw())
+        else:
+            size = batch_size if per_datum else min(batch_size, 100)
+            batches = inputs.data.drawn_once(seed, num_data).in_order(size)
         values = [_values(program, objective, *inputs.call(columns)) for columns in batches]
     if per_datum:
         return BoundEstimate(*mean_and_standard_error(torch.cat(values)))

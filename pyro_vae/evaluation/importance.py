@@ -18,19 +18,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyro_vae.data import TensorData
 from pyro_vae.evaluation.bounds import frozen
 from pyro_vae.evaluation.diagnostics import pareto_k
 from pyro_vae.inputs import Inputs, open_inputs
-from pyro_vae.numerics import mean_and_standard_error, summarize_weights
+from pyro_vae.numerics import mean_and_standard_error, summarize_weights, whole_number
 from pyro_vae.programs import HasModelAndGuide, Program, as_program, log_weights
 
 __all__ = ["METHODS", "Score", "log_marginal"]
 
 METHODS = ("importance",)
 
-# Rows (particles times data) in flight. At 784 pixels in float32 a row is 3 KB and a pass holds about ten such tensors.
+# Particles times data times their width in flight: 32 MB a tensor in float32, of which a pass holds about ten.
 _MAX_ELEMENTS = 8_000_000
 
 
@@ -40,8 +41,9 @@ class Score:
 
     Attributes:
         values: shape (N,).
-        mc_error: Monte Carlo standard error of ``mean``, given these data: how a repetition with other noise varies.
-            Not a number for K = 1.
+        mc_error: Monte Carlo standard error of ``mean``, given these data, by the jackknife: how a repetition with
+            other noise varies. It does not hold the bias, which is downwards and falls with K; where "pareto_k" is
+            above 0.7 that may be larger. Not a number for K = 1.
         diagnostics: per datum, shape (N,): "ess", the effective sample size, between 1 and K; "pareto_k", the shape of
             the weights' tail, to be trusted below 0.7 (:func:`pyro_vae.evaluation.diagnostics.pareto_k`).
         num_particles: K.
@@ -65,10 +67,11 @@ class Score:
         return mean_and_standard_error(self.values)[1]
 
     def __repr__(self) -> str:
-        ess = self.diagnostics["ess"].median().item()
+        ess, heavy = self.diagnostics["ess"].median().item(), int((self.diagnostics["pareto_k"] > 0.7).sum())
         return (
             f"Score({self.method}, K={self.num_particles}: {self.mean:.2f} ± {self.std_error:.2f} nats over "
-            f"{len(self.values)} data; Monte Carlo error {self.mc_error:.2g}, median ESS {ess:.1f})"
+            f"{len(self.values)} data; Monte Carlo error {self.mc_error:.2g}, median ESS {ess:.1f}, "
+            f"Pareto k > 0.7 at {heavy})"
         )
 
 
@@ -92,8 +95,8 @@ def log_marginal(
         method: "importance".
         num_particles: K per datum, at least 1.
         batch_size: data at a time, at most; fewer are taken where memory asks for it.
-        max_elements: bound on particles times data times elements per datum in flight, that is on memory; the values do
-            not depend on it but for the order of the noise.
+        max_elements: bound on particles times data times the width of a datum or a linear layer, that is on memory; the
+            values do not depend on it but for the order of the noise.
         binarize: "dynamic" or "none"; None as the data set says, else "dynamic".
         seed: of the noise and of the binarisation; torch's own generators are left as they were.
 
@@ -113,14 +116,13 @@ def log_marginal(
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    for name, number in (("num_particles", num_particles), ("batch_size", batch_size), ("max_elements", max_elements)):
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name}: expected a whole number of at least 1, got {number!r}")
+    num_particles = whole_number("num_particles", num_particles)
+    batch_size = whole_number("batch_size", batch_size)
+    max_elements = whole_number("max_elements", max_elements)
     bridged = as_program(program)
     inputs = open_inputs(bridged, x, binarize=binarize, split="test", batch_size=batch_size)
     data = inputs.tensors().drawn_once(seed)
-    elements = max(c[0].numel() for c in data.columns.values())
-    rows_at_once = max(1, max_elements // elements)
+    rows_at_once = max(1, max_elements // _elements_per_row(bridged, data))
     with frozen(bridged, seed):
         scored = [
             _summarize(_chunks(bridged, inputs, columns, num_particles, rows_at_once))
@@ -131,6 +133,13 @@ def log_marginal(
     mc_error = math.sqrt(variance.sum().item()) / len(values)
     values = values.to(data.reader.dtype)  # sums were taken in double precision
     return Score(values, mc_error, {"ess": ess, "pareto_k": k}, num_particles, method)
+
+
+def _elements_per_row(program: Program, data: TensorData) -> int:
+    """Numbers in flight for one particle of one datum: the datum's, or the widest linear layer's."""
+    layers = (layer for module in program.modules().values() for layer in module.modules())
+    widths = [layer.out_features for layer in layers if isinstance(layer, nn.Linear)]
+    return max(widths + [column[0].numel() for column in data.columns.values()])
 
 
 def _summarize(chunks: Iterator[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -19,5 +19,6 @@ def register(module: nn.Module) -> None:
 
     Two modules registered under one name would train the first one's parameters.
     """
-    name = _names.setdefault(module, f"{type(module).__name__.lower()}_{next(_numbers)}")
-    pyro.module(name, module)
+    if module not in _names:
+        _names[module] = f"{type(module).__name__.lower()}_{next(_numbers)}"
+    pyro.module(_names[module], module)

@@ -19,22 +19,26 @@ from torch import Tensor, nn
 
 from pyro_vae.models.registration import register
 from pyro_vae.networks import ACTIVATIONS, MLP, GaussianMLP, init_paper
+from pyro_vae.numerics import whole_number
 
 __all__ = ["VAE", "positive_ints"]
 
 LIKELIHOODS = ("bernoulli", "gaussian")
 INITS = ("default", "paper")
+_SCALE_BOUNDS = (1 / 255, 1.0)
 
 
 class VAE(nn.Module):
     """A variational auto-encoder (Kingma & Welling, arXiv:1312.6114, Sec. 3 and App. C).
 
     Args:
-        data_shape: shape of one datum, for example (784,), (28, 28) or (3, 32, 32).
+        data_shape: shape of one datum, for example (784,), (28, 28) or (32, 32, 3).
         latent_dim: J, the dimension of z, at least 1.
         hidden_dims: widths of the encoder's hidden layers; the decoder has them in reverse.
         likelihood: "bernoulli" for binary data (eq. (11)), or "gaussian" for data in [0, 1]: mean squashed to (0, 1)
-            and variance learned, both functions of z (eq. (12); the paper's Frey Face model).
+            and variance learned, both functions of z (eq. (12); the paper's Frey Face model). The standard deviation
+            is kept within [1/255, 1], the step and the range of 8-bit levels: without a floor the density of a pixel
+            that never changes has no bound.
         activation: "tanh" (the paper's), "relu" or "softplus".
         init: "default" (torch's) or "paper": every parameter from N(0, 0.01).
 
@@ -68,10 +72,17 @@ class VAE(nn.Module):
         self.init = _one_of("init", init, INITS)
         data_dim = math.prod(self.data_shape)
         self.encoder = GaussianMLP(data_dim, self.hidden_dims, self.latent_dim, activation)
-        decoder = {"bernoulli": MLP, "gaussian": GaussianMLP}[likelihood]
-        self.decoder = decoder(self.latent_dim, self.hidden_dims[::-1], data_dim, activation)
+        decoder_dims = self.latent_dim, self.hidden_dims[::-1], data_dim, activation
+        self.decoder = (
+            MLP(*decoder_dims) if likelihood == "bernoulli" else GaussianMLP(*decoder_dims, scale_bounds=_SCALE_BOUNDS)
+        )
         if init == "paper":
             init_paper(self)
+
+    @property
+    def data_range(self) -> tuple[float, float]:
+        """The least and the greatest value that data may have: both likelihoods' means lie between them."""
+        return 0.0, 1.0
 
     @property
     def config(self) -> dict[str, Any]:
@@ -137,9 +148,9 @@ class VAE(nn.Module):
 
 def positive_ints(name: str, values: Sequence[int], *, may_be_empty: bool = False) -> tuple[int, ...]:
     """The sizes as a tuple, if they are whole numbers of at least 1."""
-    numbers = tuple(values)
-    if any(not isinstance(n, int) or n < 1 for n in numbers) or not (numbers or may_be_empty):
-        raise ValueError(f"{name}: expected whole numbers of at least 1, got {values!r}")
+    numbers = tuple(whole_number(name, value) for value in values)
+    if not (numbers or may_be_empty):
+        raise ValueError(f"{name}: expected at least one whole number, got {values!r}")
     return numbers
 
 

@@ -8,6 +8,7 @@ that particles and batch, (K, M, ...), pass through unchanged.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -49,6 +50,7 @@ class GaussianMLP(nn.Module):
         hidden_dims: width of each hidden layer.
         out_dim: dimension of the Gaussian.
         activation: "tanh" (the paper's), "relu" or "softplus".
+        scale_bounds: the standard deviation is kept between these two.
 
     Example:
         >>> loc, scale = GaussianMLP(784, (500,), 20)(torch.zeros(100, 784))
@@ -56,14 +58,22 @@ class GaussianMLP(nn.Module):
         (torch.Size([100, 20]), True)
     """
 
-    def __init__(self, in_dim: int, hidden_dims: Sequence[int], out_dim: int, activation: str = "tanh") -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        hidden_dims: Sequence[int],
+        out_dim: int,
+        activation: str = "tanh",
+        scale_bounds: tuple[float, float] = (0.0, math.inf),
+    ) -> None:
         super().__init__()
+        self.scale_bounds = scale_bounds
         self.layers = MLP(in_dim, hidden_dims, 2 * out_dim, activation)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return (mean, standard deviation), each (..., out_dim), of x (..., in_dim)."""
         loc, log_variance = self.layers(x).chunk(2, -1)
-        return loc, (0.5 * log_variance).exp()
+        return loc, (0.5 * log_variance).exp().clamp(*self.scale_bounds)
 
 
 @torch.no_grad()

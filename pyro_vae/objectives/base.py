@@ -9,6 +9,8 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
+from pyro_vae.numerics import whole_number
+
 __all__ = ["Objective", "value_with_gradient_of"]
 
 
@@ -27,9 +29,7 @@ class Objective(ELBO):  # type: ignore[misc]
     """
 
     def __init__(self, num_particles: int = 1) -> None:
-        if not isinstance(num_particles, int) or num_particles < 1:
-            raise ValueError(f"num_particles: expected a whole number of at least 1, got {num_particles!r}")
-        super().__init__(num_particles=num_particles, vectorize_particles=True)
+        super().__init__(num_particles=whole_number("num_particles", num_particles), vectorize_particles=True)
 
     @abstractmethod
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -65,4 +65,4 @@ class Objective(ELBO):  # type: ignore[misc]
 
 def value_with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
     """A scalar with the value of one expression and the gradient of another."""
-    return value.detach() + surrogate - surrogate.detach()
+    return value.detach() + (surrogate - surrogate.detach())  # in brackets: a large surrogate costs the value no digits

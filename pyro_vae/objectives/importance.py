@@ -36,7 +36,7 @@ from torch import Tensor
 
 from pyro_vae.numerics import log_mean_exp
 from pyro_vae.objectives.base import Objective, value_with_gradient_of
-from pyro_vae.programs import LogWeights, log_weights
+from pyro_vae.programs import LogWeights, log_weights, same_minibatch
 
 __all__ = ["IWAE", "VIMCO", "DReG", "Renyi"]
 
@@ -135,16 +135,17 @@ class DReG(IWAE):
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Minus IWAE's bound with the gradient of DReG, summed over the minibatch and scaled by N / M, in nats."""
-        draws = self._weights(model, guide, args, kwargs).latents
-        leaves = {name: z.detach().requires_grad_() for name, z in draws.items()}
-        with torch.enable_grad():
+        with same_minibatch(), torch.enable_grad():
+            draws = self._weights(model, guide, args, kwargs).latents
+            leaves = {name: z.detach().requires_grad_() for name, z in draws.items()}
             weights = log_weights(model, guide, args, kwargs, num_particles=self.num_particles, latents=leaves)
             log_w = weights.log_w
-            slopes = torch.autograd.grad(log_w.sum(), list(leaves.values()), retain_graph=True)  # of log_w, phi fixed
-        normalized = log_w.detach().softmax(0)
-        squared = normalized**2 if self.gradient == "dreg" else normalized
+            normalized = log_w.detach().softmax(0)
+            squared = normalized**2 if self.gradient == "dreg" else normalized
+            # phi fixed; a datum's log weight depends on its own draws alone, whatever the order of their plates
+            slopes = torch.autograd.grad((squared * log_w).sum(), list(leaves.values()), retain_graph=True)
         theta = (normalized * weights.log_joint).sum()
-        phi = sum((_like(squared, z) * slope * z).sum() for slope, z in zip(slopes, draws.values(), strict=True))
+        phi = sum((slope * z).sum() for slope, z in zip(slopes, draws.values(), strict=True))
         return -weights.scale * value_with_gradient_of(self._reduce(log_w).sum(), theta + phi)
 
 
@@ -178,22 +179,19 @@ class VIMCO(IWAE):
 def _leave_one_out(log_w: Tensor) -> Tensor:
     """The bound with each log weight replaced by the mean of the others, (K, M)."""
     count = len(log_w)
-    others = (log_w.sum(0) - log_w) / (count - 1)
-    replaced = torch.where(torch.eye(count, dtype=torch.bool, device=log_w.device)[..., None], others, log_w[None])
+    own = torch.eye(count, dtype=torch.bool, device=log_w.device)[..., None]
+    others = log_w[None].masked_fill(own, 0.0).sum(1) / (count - 1)  # not a difference of sums: a weight may be 0
+    replaced = torch.where(own, others, log_w[None])
     return log_mean_exp(replaced, 1)  # axes: left out, particle, datum
-
-
-def _like(weight: Tensor, z: Tensor) -> Tensor:
-    """Weights (K, M) with as many dimensions as draws (K, M, *event)."""
-    return weight.reshape(*weight.shape, *(1,) * (z.ndim - weight.ndim))
 
 
 def fixed_draws(objective: Objective, model: Any, guide: Any, args: Any, kwargs: Any) -> LogWeights:
     """Log weights of draws that are held fixed: gradients are those of the densities at them."""
-    with torch.no_grad():
-        draws = log_weights(model, guide, args, kwargs, num_particles=objective.num_particles)
-    require_local(objective, draws)
-    return log_weights(model, guide, args, kwargs, num_particles=objective.num_particles, latents=draws.latents)
+    with same_minibatch():
+        with torch.no_grad():
+            draws = log_weights(model, guide, args, kwargs, num_particles=objective.num_particles)
+        require_local(objective, draws)
+        return log_weights(model, guide, args, kwargs, num_particles=objective.num_particles, latents=draws.latents)
 
 
 def require_local(objective: Objective, weights: LogWeights) -> None:

@@ -19,10 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-__all__ = ["FORMAT_VERSION", "Checkpoint", "CheckpointError", "RunDirectory", "RunDirectoryError"]
+from pyro_vae.programs import Program
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Checkpoint",
+    "CheckpointError",
+    "RunDirectory",
+    "RunDirectoryError",
+    "copy_into",
+    "model_tensors",
+]
 
 FORMAT_VERSION = 1
 
@@ -115,7 +126,8 @@ class RunDirectory:
         Raises:
             RunDirectoryError: it is not empty.
         """
-        if any(entry.name != ".lock" for entry in self.path.iterdir()):
+        unfinished = self.config_file.name + ".new"  # of a process killed while it wrote its first file
+        if any(entry.name not in (".lock", unfinished) for entry in self.path.iterdir()):
             what = "holds a run" if self.config_file.exists() else "is not empty"
             raise RunDirectoryError(
                 f"{self.path} {what}: resume it (resume=True, or --resume {self.path}) or choose another directory"
@@ -148,7 +160,9 @@ class RunDirectory:
         Raises:
             OSError: the disk is full or cannot be written; the checkpoint before is untouched.
         """
-        tensors = safetensors.torch.save({name: t.contiguous() for name, t in checkpoint.tensors.items()})
+        tensors = safetensors.torch.save(  # of copies: it refuses tensors that share memory, such as tied buffers
+            {name: t.clone(memory_format=torch.contiguous_format) for name, t in checkpoint.tensors.items()}
+        )
         state = {"format_version": FORMAT_VERSION, **checkpoint.state, "tensors_sha256": _sha256(tensors)}
         state["state_sha256"] = _digest(state)
         new_tensors = _write(self.tensors_file, tensors)
@@ -157,19 +171,34 @@ class RunDirectory:
         except OSError:
             new_tensors.unlink(missing_ok=True)
             raise
-        if self.tensors_file.exists():
+        if self.tensors_file.exists() and not self._needs_previous():
             os.replace(self.tensors_file, self.previous_file)
         os.replace(new_tensors, self.tensors_file)
         os.replace(new_state, self.state_file)
         _sync_directory(self.path)
         self.previous_file.unlink(missing_ok=True)
 
+    def _needs_previous(self) -> bool:
+        """Whether a killed process left a state that speaks of the tensors under the previous name."""
+        if not (self.previous_file.exists() and self.state_file.exists()):
+            return False
+        return _read_json(self.state_file).get("tensors_sha256") == _sha256(self.previous_file.read_bytes())
+
     def load(self) -> Checkpoint:
-        """Read the newest whole checkpoint.
+        """Read the newest whole checkpoint, also while another process trains in the directory.
 
         Raises:
             CheckpointError: there is none, a byte of it is wrong, or a newer version wrote it.
         """
+        while True:
+            read = self.state_file.read_bytes() if self.state_file.exists() else b""
+            try:
+                return self._load()
+            except CheckpointError:
+                if not self.state_file.exists() or self.state_file.read_bytes() == read:
+                    raise  # otherwise a new checkpoint was put in place in the meantime
+
+    def _load(self) -> Checkpoint:
         state = _read_json(self.state_file)
         version = state.get("format_version")
         if not isinstance(version, int) or version > FORMAT_VERSION:
@@ -180,13 +209,42 @@ class RunDirectory:
         if state.pop("state_sha256", None) != _digest(state):
             raise CheckpointError(f"{self.state_file} is corrupt: its checksum does not agree with its content")
         wanted = state.pop("tensors_sha256")
-        for file in (self.tensors_file, self.previous_file):
-            if file.exists() and _sha256(content := file.read_bytes()) == wanted:
-                return Checkpoint(safetensors.torch.load(content), state)
+        found = []
+        for file in (self.tensors_file, self.previous_file):  # in the order in which a save moves them
+            with contextlib.suppress(FileNotFoundError):
+                content = file.read_bytes()
+                if (digest := _sha256(content)) == wanted:
+                    return Checkpoint(safetensors.torch.load(content), state)
+                found.append(digest)
         raise CheckpointError(
             f"{self.tensors_file} is corrupt or missing: expected SHA-256 {wanted}, "
-            f"got {_sha256(self.tensors_file.read_bytes()) if self.tensors_file.exists() else 'no file'}"
+            f"got {' and '.join(found) or 'no file'}"
         )
+
+
+def model_tensors(program: Program, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint holds of a program: its parameters, and its modules' buffers."""
+    buffers = {f"buffers/{name}": buffer for name, buffer in program.named_buffers().items()}
+    return {f"parameters/{name}": tensor for name, tensor in parameters.items()} | buffers
+
+
+def copy_into(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Copy values into tensors of the same names and shapes, in place.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    stored = {name: tuple(t.shape) for name, t in values.items()}
+    if shapes != stored:
+        name = next(n for n in sorted(shapes.keys() | stored.keys()) if shapes.get(n) != stored.get(n))
+        raise CheckpointError(
+            f"the checkpoint is of another architecture: {name} has shape {stored.get(name, 'none')} there "
+            f"and {shapes.get(name, 'none')} here"
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(values[name])
 
 
 def _sha256(content: bytes) -> str:

@@ -26,10 +26,11 @@ import pyro_vae
 from pyro_vae.data import BatchIterable, Columns, Dataset, TensorData
 from pyro_vae.evaluation import BoundEstimate, evaluate_bound
 from pyro_vae.inputs import Inputs, move_to, open_inputs
-from pyro_vae.objectives import SGVB
+from pyro_vae.numerics import whole_number
+from pyro_vae.objectives import SGVB, Objective
 from pyro_vae.programs import HasModelAndGuide, Program, as_program
 from pyro_vae.training import random_state
-from pyro_vae.training.checkpoint import Checkpoint, CheckpointError, RunDirectory
+from pyro_vae.training.checkpoint import Checkpoint, RunDirectory, copy_into, model_tensors
 from pyro_vae.training.interrupts import Signals, TrainingInterrupted
 from pyro_vae.training.optimizers import OptimizerLike, load_state, make_optimizer, optimizer_name, state_tensors
 from pyro_vae.training.progress import progress_bar
@@ -48,10 +49,11 @@ class Run:
     Attributes:
         program: what was trained, in place.
         history: a row per evaluation: "samples" (training samples seen), "seconds" (of training alone),
-            "train_bound", "test_bound", "test_bound_se" (nats per datum; None without test data), and "valid_bound",
-            "valid_bound_se" if validation data were asked for.
+            "train_bound", "train_bound_se", "test_bound", "test_bound_se" (nats per datum; None without such data), and
+            "valid_bound", "valid_bound_se" if validation data were asked for.
         samples: training samples seen.
-        stopped_early: whether ``patience`` ended the run; the parameters are then those of the best validation bound.
+        stopped_early: whether ``patience`` ended the run. Wherever ``patience`` was set, the parameters are those of
+            the best validation bound, and not of the last row.
         run_dir: where it is stored, if it is.
     """
 
@@ -183,10 +185,12 @@ def fit(
     bridged = as_program(program)
     if device is not None:
         move_to(bridged, device)
-    with random_state.seeded(seed):
+    with random_state.seeded(settings.seed):
         trainer = _Trainer(bridged, SGVB() if objective is None else objective, optimizer, settings)
         trainer.open(data, test, valid)
-    with random_state.seeded(seed), contextlib.ExitStack() as stack:
+    with random_state.seeded(settings.seed), contextlib.ExitStack() as stack:
+        if kl_warmup is not None:  # the objective may serve again
+            stack.callback(trainer.objective.kl_weight.copy_, trainer.objective.kl_weight.clone())
         if directory is not None:
             stack.enter_context(directory.locked())
             trainer.attach(directory, resume, program, data)
@@ -229,17 +233,37 @@ class _Settings:
                 "expected a budget as either num_samples or epochs, "
                 f"got num_samples={self.num_samples} and epochs={self.epochs}"
             )
-        whole = ("num_samples", "epochs", "evaluate_every", "checkpoint_every", "kl_warmup", "patience")
-        for name in ("batch_size", "evaluation_size", *whole):
+        optional = ("num_samples", "epochs", "evaluate_every", "checkpoint_every", "kl_warmup", "patience")
+        for name in ("batch_size", "evaluation_size", *optional):
             value = getattr(self, name)
-            if not (value is None and name in whole) and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+            if value is not None or name not in optional:
+                object.__setattr__(self, name, whole_number(name, value))
+        object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, 2**32 - 1))
         for name in ("learning_rate", "prior_scale", "max_grad_norm"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected a positive number, got {value!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed: expected a whole number from 0 to 2^32 - 1, got {self.seed!r}")
+            if value is not None:
+                object.__setattr__(self, name, _positive(name, value))
+
+
+def _positive(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}: expected a positive number, got {value!r}")
+    return number
+
+
+def _require_objective(objective: Any) -> None:
+    name, takes_steps = type(objective).__name__, hasattr(objective, "loss_and_grads")
+    if isinstance(objective, type) or not (takes_steps or hasattr(objective, "differentiable_loss")):
+        raise ValueError(f"objective: expected one such as pyro_vae.SGVB() or an ELBO of Pyro's, got {objective!r}")
+    if not isinstance(objective, Objective) and name.startswith(("Jit", "ReweightedWakeSleep")):
+        raise ValueError(
+            f"objective: Pyro's {name} has a protocol of its own that fit does not speak; Trace_ELBO, "
+            "TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, RenyiELBO and pyro_vae.ReweightedWakeSleep work"
+        )
 
 
 class _Trainer:
@@ -252,6 +276,7 @@ class _Trainer:
         self.directory: RunDirectory | None = None
         self.board: Any = None
         self.best: dict[str, Tensor] = {}
+        _require_objective(objective)
         if settings.kl_warmup is not None and not isinstance(getattr(objective, "kl_weight", None), Tensor):
             raise ValueError(f"kl_warmup: expected an objective with a kl_weight, got {objective!r}")
 
@@ -262,7 +287,8 @@ class _Trainer:
         s = self.settings
         self.train_inputs = self._inputs(data, "train")
         self.test_inputs = self._held_out(data, test, "test")
-        self.valid_inputs = self._held_out(data, valid, "valid") if s.patience is not None else None
+        self.valid_inputs = self._held_out(data, valid, "valid") if s.patience or valid is not None else None
+        self.every = self._default_rhythm() if s.evaluate_every is None else s.evaluate_every
         if s.patience is not None and self.valid_inputs is None:
             raise ValueError("patience: expected validation data (valid=...) to stop early on, got none")
         self.parameters = self.program.named_parameters()
@@ -304,7 +330,9 @@ class _Trainer:
         self.directory = directory
         config = self._config(program, data)
         if resume and directory.config_file.exists():
-            require_same_run(directory.read_config(), config, directory.path)
+            stored = directory.read_config()
+            require_same_run(stored, config, directory.path)
+            self.every = config["evaluate_every"] = stored.get("evaluate_every", self.every)
         else:
             directory.require_new()
         if resume and directory.state_file.exists():
@@ -321,6 +349,7 @@ class _Trainer:
             "parameters": {name: list(tensor.shape) for name, tensor in self.parameters.items()},
             "data": describe_data(data, self.train_inputs),
             "fit": vars(self.settings),
+            "evaluate_every": self.every,
             "environment": describe_environment(self.parameters),
         }
 
@@ -339,10 +368,17 @@ class _Trainer:
                     if self._finished():
                         break
                 else:
+                    if self.position.batch == 0:
+                        raise ValueError(
+                            f"the iterable gave no batch in epoch {self.position.epoch}: expected one that can be "
+                            "iterated over again, such as a DataLoader or a list"
+                        )
                     self.position.epoch, self.position.batch = self.position.epoch + 1, 0
-                    if self._every() is None:
+                    if self.every is None:
                         self._evaluate()
             self._finish()
+            if signals.received is not None:
+                self._interrupt(signals.received)
 
     def _take_step(self, columns: Columns) -> None:
         size = len(next(iter(columns.values())))
@@ -363,9 +399,9 @@ class _Trainer:
         self._newest = size
 
     def _evaluate_and_save_if_due(self) -> None:
-        every, save_every = self._every(), self.settings.checkpoint_every
+        save_every = self.settings.checkpoint_every
         self._report(self.position.samples, None)
-        if every is not None and self._crossed(every):
+        if self.every is not None and self._crossed(self.every):
             self._evaluate()
         due = save_every is not None and self._crossed(save_every)
         if due or time.monotonic() - self._saved_at > _SECONDS_BETWEEN_CHECKPOINTS:
@@ -374,11 +410,10 @@ class _Trainer:
     def _crossed(self, every: int) -> bool:
         return self.position.samples // every > (self.position.samples - self._newest) // every
 
-    def _every(self) -> int | None:
+    def _default_rhythm(self) -> int | None:
         """Samples between evaluations; None for the end of each epoch, where an epoch's length is not known."""
-        if self.settings.evaluate_every is not None or not isinstance(self.train_inputs.data, TensorData):
-            return self.settings.evaluate_every
-        return max(len(self.train_inputs.data), (self._budget() or 0) // 100)
+        data = self.train_inputs.data
+        return max(len(data), (self._budget() or 0) // 100) if isinstance(data, TensorData) else None
 
     def _budget(self) -> int | None:
         s = self.settings
@@ -400,19 +435,25 @@ class _Trainer:
         return next(self._replay)
 
     def _finish(self) -> None:
-        self._evaluate()
+        self._evaluate(on_rhythm=False)
         self._save()
         if self.best:
-            _copy_into(self._model_tensors(), self.best)
+            copy_into(self._model_tensors(), self.best)
 
     # Evaluating -------------------------------------------------------------------------------------------------------
 
-    def _evaluate(self) -> None:
-        """Add a row to the history, if this position has none yet, and save it unless that has a rhythm of its own."""
+    def _evaluate(self, on_rhythm: bool = True) -> None:
+        """Add a row to the history, if this position has none yet.
+
+        Only evaluations on the rhythm count for early stopping and are saved: where a budget ends must not matter to a
+        run that goes on.
+        """
         history = self.position.history
         if history and history[-1]["samples"] == self.position.samples:
             return
         history.append(row := self._row())
+        if on_rhythm and self.settings.patience is not None:
+            self._note_best(row["valid_bound"])
         if self.directory is not None:
             self.directory.append_metrics(row)
         if self.board is not None:
@@ -420,23 +461,17 @@ class _Trainer:
                 if name.endswith("bound") and value is not None:
                     self.board.add_scalar(name, value, self.position.samples)
         self._report(self.position.samples, row)
-        if self.settings.checkpoint_every is None:
+        if on_rhythm and self.settings.checkpoint_every is None:
             self._save()
 
     def _row(self) -> dict[str, Any]:
         position = self.position
         train = self._bound(self.train_inputs) if isinstance(self.train_inputs.data, TensorData) else None
         test = self._bound(self.test_inputs)
-        row: dict[str, Any] = {
-            "samples": position.samples,
-            "seconds": position.seconds,
-            "train_bound": train and train.mean,
-            "test_bound": test and test.mean,
-            "test_bound_se": test and test.std_error,
-        }
-        if (valid := self._bound(self.valid_inputs)) is not None:
-            row |= {"valid_bound": valid.mean, "valid_bound_se": valid.std_error}
-            self._note_best(valid.mean)
+        row: dict[str, Any] = {"samples": position.samples, "seconds": position.seconds}
+        row |= _columns("train", train) | _columns("test", test)
+        if self.valid_inputs is not None:
+            row |= _columns("valid", self._bound(self.valid_inputs))
         return row
 
     def _bound(self, inputs: Inputs | None) -> BoundEstimate | None:
@@ -447,7 +482,7 @@ class _Trainer:
         return evaluate_bound(self.program, inputs, self.objective, num_data=num_data, seed=s.seed)
 
     def _note_best(self, bound: float) -> None:
-        position = self.position
+        position, bound = self.position, -math.inf if math.isnan(bound) else bound
         if position.best_bound is None or bound > position.best_bound:
             position.best_bound, position.evaluations_since_best = bound, 0
             self.best = {name: tensor.detach().clone() for name, tensor in self._model_tensors().items()}
@@ -458,13 +493,18 @@ class _Trainer:
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def _model_tensors(self) -> dict[str, Tensor]:
-        buffers = {f"buffers/{name}": buffer for name, buffer in self.program.named_buffers().items()}
-        return {f"parameters/{name}": tensor for name, tensor in self.parameters.items()} | buffers
+        return model_tensors(self.program, self.parameters)
 
     def _save(self) -> None:
         self._saved_at = time.monotonic()
         if self.directory is None:
             return
+        for name, tensor in self.parameters.items():
+            if not tensor.isfinite().all():
+                raise NonFiniteLossError(
+                    f"parameter '{name}' became NaN or infinite by a gradient, after {self.position.samples:,} "
+                    f"samples{self._kept()}"
+                )
         parts = {
             "model": self._model_tensors(),
             "best": self.best,
@@ -482,7 +522,7 @@ class _Trainer:
 
     def _load(self, checkpoint: Checkpoint) -> None:
         self.position = _Position(**checkpoint.state["position"])
-        _copy_into(self._model_tensors(), checkpoint.part("model"))
+        copy_into(self._model_tensors(), checkpoint.part("model"))
         self.best = checkpoint.part("best")
         load_state(self.optimizer, list(self.parameters), checkpoint.part("optimizer"))
         if objective := checkpoint.part("objective"):
@@ -526,33 +566,21 @@ def _replay(data: BatchIterable, seed: int, epoch: int, batch: int) -> Iterator[
                 columns = next(batches, None)
             if columns is None:
                 return
-            yield data.reader(columns)
+            yield columns
 
     for _ in range(epoch):
         for _ in one_epoch():
             pass
-    yield itertools.islice(one_epoch(), batch, None)
+    # What is skipped is not read: reading may draw, and those draws are behind the training stream already.
+    yield map(data.reader, itertools.islice(one_epoch(), batch, None))
     while True:
-        yield one_epoch()
+        yield map(data.reader, one_epoch())
 
 
-def _copy_into(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Copy values into tensors of the same names and shapes, in place.
-
-    Raises:
-        CheckpointError: names or shapes differ.
-    """
-    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    stored = {name: tuple(t.shape) for name, t in values.items()}
-    if shapes != stored:
-        name = next(n for n in sorted(shapes.keys() | stored.keys()) if shapes.get(n) != stored.get(n))
-        raise CheckpointError(
-            f"the checkpoint is of another architecture: {name} has shape {stored.get(name, 'none')} there "
-            f"and {shapes.get(name, 'none')} here"
-        )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(values[name])
+def _columns(split: str, bound: BoundEstimate | None) -> dict[str, float | None]:
+    """A bound as columns of the history; None for what is not known, since JSON has no NaN."""
+    mean, error = (None, None) if bound is None else (bound.mean, bound.std_error)
+    return {f"{split}_bound": mean, f"{split}_bound_se": None if error is None or math.isnan(error) else error}
 
 
 @contextlib.contextmanager
@@ -560,8 +588,6 @@ def _tensorboard(directory: RunDirectory, samples: int) -> Iterator[Any]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError(
-            'tensorboard: expected the package to be installed: pip install "pyro-vae[tensorboard]"'
-        ) from error
+        raise ValueError("tensorboard: expected the package to be installed: pip install tensorboard") from error
     with SummaryWriter(str(directory.path), purge_step=samples + 1) as writer:  # what a killed process wrote beyond
         yield writer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -28,7 +29,11 @@ _REFUSED = {
 
 def optimizer_name(optimizer: OptimizerLike) -> str:
     """The name under which a run records an optimiser."""
-    return optimizer.lower() if isinstance(optimizer, str) else getattr(optimizer, "__name__", repr(optimizer)).lower()
+    while isinstance(optimizer, functools.partial):
+        optimizer = optimizer.func  # its repr holds an address, which the next process does not share
+    if isinstance(optimizer, str):
+        return optimizer.lower()
+    return str(getattr(optimizer, "__name__", type(optimizer).__name__)).lower()
 
 
 def make_optimizer(
@@ -60,10 +65,16 @@ def make_optimizer(
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"optimizer: expected one of {', '.join(sorted(_BY_NAME))}, got {optimizer!r}{hint}")
         optimizer = _BY_NAME[name]
+    expected = "optimizer: expected a name or class of torch.optim, or a function of the parameters that returns one"
+    if not (issubclass(optimizer, Optimizer) if isinstance(optimizer, type) else callable(optimizer)):
+        raise ValueError(f"{expected}, got {optimizer!r}")
     if not isinstance(optimizer, type):
         if learning_rate is not None:
             raise ValueError("learning_rate: expected None beside a function that makes the optimiser")
-        return optimizer(parameters)
+        made = optimizer(parameters)
+        if not isinstance(made, Optimizer):
+            raise ValueError(f"{expected}, got {optimizer!r}, which returned {made!r}")
+        return made
     rate = learning_rate or _LEARNING_RATES.get(name)
     return _fused(optimizer, parameters, {} if rate is None else {"lr": rate})
 
@@ -99,3 +110,8 @@ def load_state(optimizer: Optimizer, names: Sequence[str], tensors: Mapping[str,
         if own:
             state[index] = own
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, own in state.items():  # torch has cast all of it to the parameter's type
+        loaded = optimizer.state[parameters[index]]
+        for key, value in own.items():
+            loaded[key] = value.to(loaded[key].device, copy=True)

@@ -29,8 +29,7 @@ def progress_bar(enabled: bool, total: int | None, done: int) -> Iterator[Report
         yield lambda samples, row: None
         return
     columns = (
-        TextColumn("training"),
-        BarColumn(),
+        BarColumn(bar_width=10),  # all of it on a line of 80 characters
         TextColumn("{task.completed:,.0f} samples"),
         TextColumn("[bold]{task.fields[bounds]}"),
         TimeElapsedColumn(),
@@ -49,4 +48,4 @@ def progress_bar(enabled: bool, total: int | None, done: int) -> Iterator[Report
 
 def _bounds(row: dict[str, Any]) -> str:
     shown = [f"{name[:-6]} {row[name]:.2f}" for name in ("train_bound", "test_bound") if row.get(name) is not None]
-    return "bound: " + ", ".join(shown) + " nats"
+    return ", ".join(shown) + " nats"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -17,7 +17,7 @@ from pyro_vae.data import Dataset, TensorData
 from pyro_vae.inputs import Inputs
 from pyro_vae.training.checkpoint import CheckpointError
 
-__all__ = ["describe", "describe_data", "describe_environment", "require_same_run"]
+__all__ = ["checksum", "describe", "describe_data", "describe_environment", "require_same_run"]
 
 
 def describe(thing: Any) -> dict[str, Any]:
@@ -31,12 +31,16 @@ def describe_data(data: Any, inputs: Inputs) -> dict[str, Any]:
     named = {"source": data.source, "binarize": data.binarize} if isinstance(data, Dataset) else {}
     if not isinstance(inputs.data, TensorData):
         return {**named, "checksum": None}
-    checksum = 0
-    for name, column in inputs.data.columns.items():
-        checksum = crc32(
-            column.detach().cpu().contiguous().view(torch.uint8).numpy().data, crc32(name.encode(), checksum)
-        )
-    return {**named, "num_data": len(inputs.data), "checksum": checksum}
+    return {**named, "num_data": len(inputs.data), "checksum": checksum(inputs.data.columns.values())}
+
+
+def checksum(columns: Iterable[Tensor]) -> int:
+    """CRC-32 of the shapes, types and bytes of tensors."""
+    value = 0
+    for column in columns:
+        value = crc32(f"{column.dtype} {tuple(column.shape)}".encode(), value)
+        value = crc32(column.detach().cpu().contiguous().view(torch.uint8).numpy().data, value)
+    return value
 
 
 def describe_environment(parameters: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -56,7 +60,7 @@ def require_same_run(stored: Mapping[str, Any], config: Mapping[str, Any], path:
     stored_parameters, parameters = stored.get("parameters", {}), config["parameters"]
     if stored_parameters != parameters:
         names = sorted(stored_parameters.keys() | parameters.keys())
-        name = next((n for n in names if stored_parameters.get(n) != parameters.get(n)), "their order")
+        name = next(n for n in names if stored_parameters.get(n) != parameters.get(n))
         raise CheckpointError(
             f"{path} holds a run of another architecture: '{name}' has shape "
             f"{stored_parameters.get(name)} there and {parameters.get(name)} here"
@@ -66,6 +70,10 @@ def require_same_run(stored: Mapping[str, Any], config: Mapping[str, Any], path:
         there, here = stored.get(section) or {}, config[section] or {}
         for name in sorted(there.keys() | here.keys()):
             if name not in ("num_samples", "epochs") and there.get(name) != here.get(name):
+                if name == "checksum":
+                    raise CheckpointError(
+                        f"the training data are not those that {path} was trained on: checksums differ"
+                    )
                 raise CheckpointError(
                     f"{path} holds a run with {name}={there.get(name)!r}, got {here.get(name)!r}: a run "
                     "is resumed with its own settings, except for the budget"

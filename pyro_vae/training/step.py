@@ -19,7 +19,7 @@ Step = Callable[[tuple[Any, ...], dict[str, Any], int], float]
 
 
 class NonFiniteLossError(ValueError):
-    """A loss became NaN or infinite; nothing was updated by it."""
+    """A loss became NaN or infinite, and nothing was updated by it; or a parameter did, by a finite loss's gradient."""
 
 
 def eager_step(

@@ -120,3 +120,54 @@ def test_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert directory.load().state["position"]["samples"] == 100
     assert not list(directory.path.glob("*.new"))
+
+
+def test_two_kills_in_a_row_leave_the_checkpoint_that_counts(directory, monkeypatch):
+    """The second save must not move the tensors of the first, which no state speaks of, over the ones that count."""
+    directory.save(checkpoint(1))
+    for survived in (2, 1):  # killed before the state is put in place, then between the two moves of the tensors
+        left, real = iter(range(survived)), os.replace
+
+        def limited(*args, left=left, real=real):
+            if next(left, None) is None:
+                raise Killed
+            return real(*args)
+
+        monkeypatch.setattr(module.os, "replace", limited)
+        with pytest.raises(Killed):
+            directory.save(checkpoint(2))
+        monkeypatch.undo()
+        assert directory.load().state["position"]["n"] == 1
+    directory.save(checkpoint(3))
+    assert directory.load().state["position"]["n"] == 3
+
+
+def test_reading_while_another_process_saves(directory, monkeypatch):
+    """A save between reading the state and reading the tensors is met by reading again."""
+    directory.save(checkpoint(1))
+    real, saves = module._read_json, iter([2, 3])
+
+    def slow(file):
+        content = real(file)
+        if file == directory.state_file and (number := next(saves, None)) is not None:
+            directory.save(checkpoint(number))
+        return content
+
+    monkeypatch.setattr(module, "_read_json", slow)
+    assert directory.load().state["position"]["n"] == 3
+
+
+def test_tensors_that_share_memory(directory):
+    shared = torch.arange(6.0)
+    directory.save(Checkpoint({"a": shared, "b": shared, "c": shared[2:]}, {}))
+    read = directory.load().tensors
+    assert torch.equal(read["b"], shared)
+    assert torch.equal(read["c"], shared[2:])
+
+
+def test_killed_while_writing_the_first_file(directory):
+    (directory.path / "config.json.new").write_text("{")
+    directory.require_new()
+    (directory.path / "other").touch()
+    with pytest.raises(module.RunDirectoryError, match="not empty"):
+        directory.require_new()

@@ -1,5 +1,6 @@
 """The loop: what it accepts, what it does with it, what it refuses."""
 
+import functools
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
 from pyro_vae.training import NonFiniteLossError
+from pyro_vae.training.checkpoint import RunDirectory
 from pyro_vae.training.step import eager_step
 from tests.training.test_resume import assert_same, parameters, small_vae
 
@@ -289,6 +291,13 @@ def test_non_finite_loss_stops_before_the_update_and_names_the_site(tmp_path):
         ({"epochs": 1, "batch_size": 0}, "batch_size: expected"),
         ({"epochs": 1, "learning_rate": -1.0}, "learning_rate: expected a positive number, got -1.0"),
         ({"epochs": 1, "optimizer": "adagard"}, "did you mean 'adagrad'"),
+        ({"epochs": 1, "optimizer": None}, "optimizer: expected a name or class"),
+        ({"epochs": 1, "optimizer": dict}, "optimizer: expected a name or class"),
+        ({"epochs": 1, "optimizer": torch.optim.SGD([torch.zeros(1)])}, "optimizer: expected a name or class"),
+        ({"epochs": 1, "optimizer": pyro.optim.Adam({})}, "optimizer: expected a name or class"),
+        ({"epochs": 1, "optimizer": functools.partial(torch.optim.LBFGS)}, "cannot train by stochastic gradients"),
+        ({"epochs": 1, "objective": "sgvb"}, "objective: expected one such as"),
+        ({"epochs": 1, "objective": pv.SGVB}, "objective: expected one such as"),
         ({"epochs": 1, "optimizer": "lbfgs"}, "cannot train by stochastic gradients"),
         ({"epochs": 1, "device": "cuda:99"}, "device: expected one that this machine has, got 'cuda:99'"),
         ({"epochs": 1, "device": "toaster"}, "device: expected one that this machine has, got 'toaster'"),
@@ -328,6 +337,75 @@ def test_bad_data_writes_nothing(data, message, tmp_path):
     assert_same(before, parameters(vae))
 
 
+def test_whole_numbers_of_numpy_are_taken_and_booleans_are_not():
+    run = pv.fit(small_vae(), torch.ones(30, 8, 8), batch_size=np.int64(10), num_samples=np.int32(20), seed=np.uint8(3))
+    assert run.samples == 20
+    for name in ("batch_size", "num_samples", "seed"):
+        with pytest.raises(ValueError, match=f"{name}: expected a whole number"):
+            pv.fit(small_vae(), torch.ones(30, 8, 8), **{"num_samples": 10} | {name: True})
+
+
+@pytest.mark.parametrize("objective", [pyro.infer.ReweightedWakeSleep(), pyro.infer.JitTrace_ELBO()])
+def test_objectives_of_another_protocol_are_refused_by_name(objective):
+    with pytest.raises(ValueError, match=f"Pyro's {type(objective).__name__} has a protocol of its own"):
+        pv.fit(small_vae(), torch.ones(5, 8, 8), objective=objective, epochs=1)
+
+
+def test_images_of_the_wrong_shape_are_reported_in_the_users_terms():
+    encoder = torch.nn.Linear(64, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None, None], 1.0).expand([*z.shape, 8, 8]).to_event(2), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x)[..., 0], 1.0))
+
+    with pytest.raises(ValueError, match=r"fails on a batch \{'x': \(\(5, 8, 8\).*mat1 and mat2.*data_shape"):
+        pv.fit(pv.Program(model, guide), torch.ones(5, 8, 8), epochs=1)
+
+
+def test_modules_behind_helper_functions_are_found():
+    """A guide that calls a function that uses the module: evaluation mode, buffers and devices must reach it."""
+    norm = torch.nn.BatchNorm1d(3)
+
+    def encoded(x):
+        return norm(x).sum(-1)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(pyro.param("m", torch.zeros(())), 1.0))
+            pyro.sample("x", dist.Normal(z[..., None], 1.0).expand([*z.shape, 3]).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoded(x), 1.0))
+
+    program = pv.Program(model, guide)
+    assert [m for m in program.modules().values() if m is norm]
+    assert any(name.endswith("running_mean") for name in program.named_buffers())
+
+
+def test_gaussian_data_outside_of_the_means_range_are_refused():
+    vae = pv.VAE((3,), 1, (4,), likelihood="gaussian")
+    with pytest.raises(ValueError, match=r"expected values in \[0, 1\], got values from -"):
+        pv.fit(vae, torch.randn(50, 3), epochs=1)
+
+
+def test_gaussian_pixels_that_never_change_do_not_explode():
+    x = torch.cat([torch.zeros(200, 4), torch.rand(200, 2)], 1)
+    test = x.clone()
+    test[:, 0] = 1.0  # never seen lit
+    vae = pv.VAE((6,), 2, (16,), likelihood="gaussian")
+    run = pv.fit(vae, x, test=test, optimizer="adam", learning_rate=0.01, epochs=100)
+    scale = vae.decode(torch.randn(100, 2) * 3).base_dist.scale
+    assert 1 / 255 - 1e-9 <= scale.min() <= scale.max() <= 1.0
+    assert run.history[-1]["train_bound"] < 6 * math.log(255)  # the density at the floor
+    assert run.history[-1]["test_bound"] > -0.5 * 255**2 - 100
+
+
 def test_no_parameters_is_an_error():
     def model(x):
         with pyro.plate("data", len(x)):
@@ -349,3 +427,52 @@ def test_tensorboard_events(tmp_path):
 
     events = EventAccumulator(str(tmp_path / "r")).Reload()
     assert {"train_bound", "test_bound"} <= set(events.Tags()["scalars"])
+
+
+def test_gradient_that_is_not_finite_spoils_no_checkpoint(tmp_path):
+    """The loss is finite, the gradient of sqrt at 0 is not: the checkpoint before it is kept."""
+
+    def model(x):
+        b = pyro.param("b", torch.ones(()))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + ((b - 1) ** 2).sqrt(), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+    settings = {"batch_size": 10, "epochs": 3, "checkpoint_every": 10, "run_dir": tmp_path / "r"}
+    with pytest.raises(NonFiniteLossError, match=r"parameter 'b' became NaN.*after 10 samples.*checkpoint is kept"):
+        pv.fit(pv.Program(model, guide), torch.randn(50), optimizer="sgd", **settings)
+    assert RunDirectory(tmp_path / "r").load().tensors["model/parameters/b"] == 1
+
+
+def test_kl_weight_is_put_back_after_warmup():
+    objective = pv.SGVB()
+    pv.fit(small_vae(), torch.ones(50, 8, 8), objective=objective, kl_warmup=10_000, epochs=1)
+    assert objective.kl_weight == 1
+
+
+def test_validation_bound_that_is_not_a_number_is_no_best():
+    class FirstIsNaN(pv.SGVB):
+        calls = 0
+
+        def bound(self, *args, **kwargs):
+            self.calls += 1
+            return super().bound(*args, **kwargs) * (math.nan if self.calls <= 2 else 1.0)
+
+    x = torch.ones(90, 8, 8)
+    run = pv.fit(small_vae(), x, valid=x, patience=2, epochs=6, objective=FirstIsNaN())
+    assert not run.stopped_early  # the bound of these data rises at each evaluation
+
+
+def test_iterable_that_runs_dry_is_an_error():
+    class Once:
+        batches = iter([torch.ones(4, 8, 8)] * 3)
+
+        def __iter__(self):
+            return self.batches
+
+    with pytest.raises(ValueError, match="gave no batch in epoch 1"):
+        pv.fit(small_vae(), Once(), num_samples=100)

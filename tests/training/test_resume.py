@@ -1,6 +1,7 @@
 """A run that is stopped, however, and resumed is the run that was never stopped, bit for bit."""
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -17,8 +19,10 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
+from pyro_vae import runs
 from pyro_vae.training import CheckpointError, RunDirectoryError, TrainingInterrupted
 from pyro_vae.training.checkpoint import RunDirectory
+from pyro_vae.training.optimizers import optimizer_name
 
 
 def small_vae():
@@ -142,8 +146,9 @@ def test_plain_functions_resume(tmp_path):
 
 @pytest.mark.parametrize("stop", [1, 5, 9])
 @pytest.mark.parametrize("own_generator", [False, True], ids=["global generator", "generator of its own"])
-def test_iterables_are_replayed_to_their_position(tmp_path, stop, own_generator):
-    x = torch.rand(90, 8, 8).round()
+@pytest.mark.parametrize("grey", [False, True], ids=["binary", "grey, drawn at each read"])
+def test_iterables_are_replayed_to_their_position(tmp_path, stop, own_generator, grey):
+    x = torch.rand(90, 8, 8) if grey else torch.rand(90, 8, 8).round()
 
     def loader():  # 4 batches an epoch
         generator = torch.Generator().manual_seed(9) if own_generator else None
@@ -156,6 +161,71 @@ def test_iterables_are_replayed_to_their_position(tmp_path, stop, own_generator)
         pv.fit(first, StopAfter(loader(), stop + 2), epochs=3, optimizer="adam", run_dir=tmp_path / "r")
     pv.fit(resumed, loader(), epochs=3, optimizer="adam", run_dir=tmp_path / "r", resume=True)
     assert_same(parameters(straight), parameters(resumed))
+
+
+def test_a_program_around_a_model_resumes_though_its_store_names_hold_a_number(tmp_path):
+    data = pv.load_dataset("digits")
+
+    def composed():
+        vae = small_vae()
+        return vae, pv.Program(lambda x: vae.model(x), lambda x: vae.guide(x), data_shape=(8, 8))
+
+    straight, program = composed()
+    pv.fit(program, data, num_samples=600)
+    pv.fit(composed()[1], data, num_samples=300, run_dir=tmp_path / "r")
+    resumed, program = composed()
+    pv.fit(program, data, num_samples=600, run_dir=tmp_path / "r", resume=True)
+    assert_same(parameters(straight), parameters(resumed))
+
+
+@pytest.mark.parametrize("first", [2300, 2900, 3700])
+def test_where_a_budget_ends_does_not_matter_to_early_stopping(tmp_path, first):
+    data = pv.load_dataset("digits")
+    few = pv.Dataset("few", data.train[:60], data.valid[:60], data.test[:60], binarize="dynamic")
+    settings = {"optimizer": "adam", "learning_rate": 0.02, "patience": 2, "evaluate_every": 300, "batch_size": 20}
+    straight, parts, resumed = (small_vae() for _ in range(3))
+    run = pv.fit(straight, few, num_samples=20_000, **settings)
+    pv.fit(parts, few, num_samples=first, run_dir=tmp_path / "r", **settings)
+    again = pv.fit(resumed, few, num_samples=20_000, run_dir=tmp_path / "r", resume=True, **settings)
+    assert (run.stopped_early, run.samples) == (again.stopped_early, again.samples)
+    assert_same(parameters(straight), parameters(resumed))
+
+
+def test_own_programs_are_loaded_with_their_data(tmp_path):
+    x = torch.randn(70, 2)
+    trained, loaded = gaussian_program(), gaussian_program()
+    pv.fit(trained, x, epochs=2, run_dir=tmp_path / "r")
+    assert pv.load_run(tmp_path / "r", loaded, data=x[:5]).program is loaded
+    assert_same(trained.named_parameters(), loaded.named_parameters())
+    assert loaded.param("scale") > 0
+    assert loaded.param("scale").log() == pytest.approx(trained.named_parameters()["scale"].item())
+    with pytest.raises(CheckpointError, match="another architecture"):
+        pv.load_run(tmp_path / "r", gaussian_program())
+    with pytest.raises(CheckpointError, match="only its own code can build"):
+        pv.load_run(tmp_path / "r")
+
+
+def test_data_that_changed_since_are_noticed(tmp_path):
+    rows = torch.rand(100, 3).numpy().astype("f4")
+    np.save(tmp_path / "x.npy", rows)
+    run_dir = tmp_path / "r"
+    data = pv.load_dataset(tmp_path / "x.npy", binarize="dynamic")
+    pv.fit(pv.VAE((3,), 1, (4,)), data, epochs=1, run_dir=run_dir)
+    assert torch.equal(pv.load_run(run_dir).dataset().train, data.train)
+    np.save(tmp_path / "x.npy", rows[::-1])
+    with pytest.raises(CheckpointError, match="has changed since"):
+        pv.load_run(run_dir).dataset()
+
+
+@pytest.mark.parametrize(
+    "damage", [{"fit": None}, {"fit": {"batch_sise": 3}}, {"program": {"type": "VAE", "config": {"x": 1}}}]
+)
+def test_damaged_configuration(tmp_path, damage):
+    pv.fit(small_vae(), pv.load_dataset("digits"), num_samples=100, run_dir=tmp_path / "r")
+    file = tmp_path / "r/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    with pytest.raises(CheckpointError, match=r"config\.json is corrupt"):
+        runs.fit_settings(runs.load_run(tmp_path / "r").config, tmp_path / "r")
 
 
 def test_one_shot_generator_is_refused():
@@ -289,3 +359,66 @@ def test_kill_at_twenty_random_moments_loses_nothing(tmp_path, single_precision_
             break
     assert kills == 20
     assert advanced >= 5, "the kills fell too early to show anything"
+
+
+def numpy_program():
+    """Its model draws from numpy's and Python's generators too."""
+
+    def model(x):
+        slope = pyro.param("a", torch.ones(2)) + 0.1 * float(np.random.randn()) + 0.1 * random.random()  # noqa: NPY002
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(slope * z[..., None], 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.sum(-1) / 3, pyro.param("s", torch.ones(()))))
+
+    return pv.Program(model, guide)
+
+
+@pytest.mark.parametrize("held_out", ["tensor", "loader"])
+def test_evaluations_draw_nothing_from_the_stream_of_training(tmp_path, held_out):
+    """Training is the same however often it is evaluated, and so is a run in two parts, evaluated once more."""
+    x = torch.randn(70, 2)
+
+    def trained(num_samples, **more):
+        program = numpy_program()
+        test = x if held_out == "tensor" else DataLoader(TensorDataset(x), batch_size=30)
+        pv.fit(program, x, test=test, num_samples=num_samples, batch_size=32, optimizer="adam", **more)
+        return {name: t.detach().clone() for name, t in program.named_parameters().items()}
+
+    straight = trained(500, evaluate_every=10**6)
+    assert_same(straight, trained(500, evaluate_every=32))
+    trained(200, run_dir=tmp_path / "r", evaluate_every=10**6)
+    assert_same(straight, trained(500, run_dir=tmp_path / "r", resume=True, evaluate_every=10**6))
+
+
+def test_optimizer_state_keeps_its_type(tmp_path):
+    """NAdam keeps a number in the default type whatever the parameters' is; torch casts it on loading."""
+    torch.set_default_dtype(torch.float32)
+
+    def trained(num_samples, **more):
+        vae = small_vae().double()
+        pv.fit(vae, torch.ones(90, 8, 8), num_samples=num_samples, optimizer="nadam", learning_rate=0.01, **more)
+        return parameters(vae)
+
+    straight = trained(900)
+    trained(300, run_dir=tmp_path / "r")
+    assert_same(straight, trained(900, run_dir=tmp_path / "r", resume=True))
+
+
+def test_an_optimizer_made_by_partial_is_known_again():
+    def make(parameters, rate):
+        return torch.optim.SGD(parameters, lr=rate)
+
+    assert optimizer_name(functools.partial(make, rate=0.1)) == "make"
+
+
+def test_a_signal_that_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job
+    try:
+        run = pv.fit(small_vae(), StopAfter([torch.ones(10, 8, 8)] * 5, 3, signal.SIGINT), epochs=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert run.samples == 50
