@@ -27,15 +27,17 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@echo "installing into $(VENV); PyTorch is large, so this may take some minutes ..."
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	@echo "installing into $(VENV) with the test extra; PyTorch is large, so this may take some minutes ..."
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@ $(VENV)/installed
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"pyro_vae needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pyro_vae needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
 clean:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from pyro_vae.objectives import ReweightedWakeSleep as ReweightedWakeSleep
     from pyro_vae.objectives import WakeSleep as WakeSleep
     from pyro_vae.programs import Program as Program
+    from pyro_vae.programs import check_program as check_program
     from pyro_vae.programs import log_weights as log_weights
     from pyro_vae.runs import StoredRun as StoredRun
     from pyro_vae.runs import load_run as load_run
@@ -70,6 +71,7 @@ _HOMES = {
     "Score": "evaluation",
     "SigmoidBeliefNetwork": "models",
     "StoredRun": "runs",
+    "check_program": "programs",
     "evaluate_bound": "evaluation",
     "fit": "training",
     "load_dataset": "data",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import os
 import sys
 import time
@@ -23,13 +24,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
-    from torch import Tensor
 
     from pyro_vae.data import Dataset
     from pyro_vae.runs import StoredRun
@@ -46,7 +45,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
+console = Console(highlight=False)
 errors = Console(stderr=True)
 
 P = ParamSpec("P")
@@ -56,7 +55,8 @@ R = TypeVar("R")
 @contextmanager
 def _readable_errors() -> Iterator[None]:
     """Turn what goes wrong into one message and an exit code; never a traceback, unless PYRO_VAE_DEBUG is set."""
-    warnings.showwarning = lambda message, *_, **__: errors.print(f"[yellow]warning:[/] {message}", highlight=False)
+    shown = warnings.showwarning
+    warnings.showwarning = lambda message, *_, **__: errors.print(f"[yellow]warning:[/] {escape(str(message))}")
     try:
         yield
     except typer.Exit:
@@ -69,11 +69,13 @@ def _readable_errors() -> Iterator[None]:
         if os.environ.get("PYRO_VAE_DEBUG"):
             raise
         _fail(f"{type(error).__name__}: {error} (PYRO_VAE_DEBUG=1 shows where)", 1)
+    finally:
+        warnings.showwarning = shown
 
 
 def _fail(message: str, code: int) -> None:
     errors.print("[bold red]error:[/]", end=" ")
-    errors.print(message, highlight=False, markup=False, soft_wrap=True)
+    errors.print(message, markup=False, soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -132,13 +134,14 @@ _ROOT_HELP = "Folder with the data sets, or where to download them to."
 _BINARIZE_HELP = "'dynamic' draws grey levels anew at each read, 'none' refuses them; by default as the data set says."
 _OBJECTIVE_HELP = "sgvb, iwae, dreg, renyi, vimco, wake-sleep or reweighted-wake-sleep."
 _OBJECTIVE_OPTIONS = ("num_particles", "estimator", "alpha", "gradient", "insomnia")
+_KIND_HELP = "curves, samples, reconstructions, latents, manifold or traversals; may be repeated; by default all."
 _PRIOR_HELP = "Maximum a posteriori: scale of a Gaussian prior on every parameter (the paper: 1)."
 _EVALUATE_HELP = "Samples between evaluations; by default an epoch, or a hundredth of the budget."
 _CHECKPOINT_HELP = "Samples between checkpoints; by default at each evaluation, and once a minute."
 
 Root = Annotated[Path | None, typer.Option(help=_ROOT_HELP, envvar="PYRO_VAE_DATA")]
 RunPath = Annotated[Path, typer.Argument(help="Directory of a run, as written by train.", metavar="RUN")]
-Seed = Annotated[int, typer.Option(help="Seed of the random numbers.", min=0)]
+Seed = Annotated[int, typer.Option(help="Seed of the random numbers.", min=0, max=2**32 - 1)]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.")]
 
 
@@ -174,7 +177,7 @@ def train(
     max_grad_norm: Annotated[float | None, _training(help="Clip the gradient to this norm.")] = None,
     patience: Annotated[int | None, _training(help="Stop after so many evaluations without a better bound.")] = None,
     evaluate_every: Annotated[int | None, _training(help=_EVALUATE_HELP)] = None,
-    seed: Annotated[int, _training(help="Seed of the random numbers.")] = 0,
+    seed: Annotated[int, _training(help="Seed of the random numbers.", min=0, max=2**32 - 1)] = 0,
     device: Annotated[str | None, _training(help="Such as cpu or cuda.")] = None,
     run_dir: Annotated[Path | None, _storage(help="New directory of the run; by default runs/DATASET-TIME.")] = None,
     resume: Annotated[Path | None, _storage(help="Go on with the run in this directory, bit for bit.")] = None,
@@ -201,9 +204,7 @@ def train(
     shape = tuple(data.train.shape[1:])
     vae = pv.VAE(shape, latent_dim, _whole_numbers(hidden_dims), likelihood, activation, init)
     directory = run_dir or Path("runs", f"{data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    console.print(
-        f"training a VAE {shape} -> {latent_dim} on {data.name} ({len(data.train):,} training data) in {directory}"
-    )
+    _say(f"training a VAE {shape} -> {latent_dim} on {data.name} ({len(data.train):,} training data) in {directory}")
     budget = 1_000_000 if num_samples is None and epochs is None else num_samples
     passed = ("optimizer", "learning_rate", "batch_size", "epochs", "seed", "device", "evaluate_every")
     more = ("checkpoint_every", "prior_scale", "kl_warmup", "max_grad_norm", "patience", "tensorboard")
@@ -217,6 +218,11 @@ def train(
         **settings,
     )
     _report_training(run.history, run.stopped_early, directory)
+
+
+def _say(text: str) -> None:
+    """Print plain text: paths may look like markup, and must not be broken."""
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _make_objective(name: str, options: Mapping[str, Any]) -> Any:
@@ -285,7 +291,10 @@ def _report_training(history: list[dict[str, Any]], stopped_early: bool, directo
     console.print(table)
     if "valid_bound" in row:
         console.print(f"{'stopped early: ' if stopped_early else ''}parameters are those of the best validation bound")
-    console.print(f"run directory: {directory}  (next: pyro-vae evaluate {directory}, pyro-vae plot {directory})")
+    from pyro_vae.plots import plot_learning_curves
+
+    _save(plot_learning_curves({"AEVB": history}), directory / "figures" / "curves.png")
+    _say(f"run directory: {directory}\nnext: pyro-vae evaluate {directory}\n      pyro-vae plot {directory}")
 
 
 @_command("pyro-vae evaluate runs/mnist --num-particles 5000")
@@ -305,6 +314,7 @@ def evaluate(
 
     import pyro_vae as pv
 
+    _require_folder("--json", json_file)
     stored = _load(run, device)
     data = _split(stored.dataset(root), split)
     data = replace(data, test=data.test[:num_data])
@@ -318,10 +328,11 @@ def evaluate(
     table.add_row("lower bound (SGVB)", f"{bound.mean:.2f}", f"{bound.std_error:.2f}")
     table.add_row(f"log p(x), {num_particles:,} particles", f"{score.mean:.2f}", f"{score.std_error:.2f}")
     console.print(table)
-    console.print(f"Monte Carlo error of log p(x): {score.mc_error:.3f} nats")
-    console.print(f"effective sample size: median {ess.median():.1f}, least {ess.min():.1f}, of {num_particles:,}")
+    if num_particles > 1:
+        _say(f"Monte Carlo error of log p(x): {score.mc_error:.3f} nats")
+        _say(f"effective sample size: median {ess.median():.1f}, least {ess.min():.1f}, of {num_particles:,}")
     if not k.isnan().all():
-        console.print(f"Pareto k above 0.7 (weights too uneven to trust the error): {heavy} of {len(k)} data")
+        _say(f"Pareto k above 0.7 (uneven weights: log p(x) is a lower bound there): {heavy} of {len(k)} data")
     if json_file is not None:
         result = {
             "run": str(run),
@@ -337,7 +348,14 @@ def evaluate(
             "least_ess": ess.min().item(),
             "num_pareto_k_above_0.7": heavy,
         }
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in result.items()}
+        json_file.write_text(json.dumps(known, indent=2) + "\n")
+
+
+def _require_folder(option: str, file: Path | None) -> None:
+    """Refuse a file in a folder that is not there, before any work is done."""
+    if file is not None and not file.parent.is_dir():
+        raise ValueError(f"{option}: expected a file in a folder that exists, got {file}")
 
 
 @_command("pyro-vae sample runs/mnist --num 100 --output samples.png")
@@ -349,123 +367,58 @@ def sample(
         typer.Option(help="A .png (mosaic) or .npy file; by default RUN/figures/samples.png."),
     ] = None,
     mean: Annotated[bool, typer.Option("--mean/--draw", help="Means of p(x | z), or draws of x.")] = True,
+    device: Device = None,
     seed: Seed = 0,
 ) -> None:
     """Draw data from a trained model."""
     import numpy as np
     import torch
 
-    stored = _load(run, None)
+    from pyro_vae.gallery import as_images
+    from pyro_vae.plots import plot_samples
+
+    if output is not None and output.suffix not in (".png", ".npy"):
+        raise ValueError(f"--output: expected a file ending in .png or .npy, got {output}")
+    _require_folder("--output", output)
+    stored = _load(run, device)
     torch.manual_seed(seed)
-    x = stored.program.sample(num, mean=mean).numpy()
+    x = stored.program.sample(num, mean=mean).cpu()
     file = output or stored.path / "figures" / "samples.png"
-    if file.suffix not in (".png", ".npy"):
-        raise ValueError(f"--output: expected a file ending in .png or .npy, got {file}")
     if file.suffix == ".npy":
-        np.save(file, x)
+        np.save(file, x.numpy())
     else:
-        from pyro_vae.plots import plot_samples
-
-        _save(plot_samples(_images(x)), file)
-    console.print(f"wrote {file}")
-
-
-_KINDS = ("curves", "samples", "reconstructions", "latents", "manifold", "traversals")
+        _save(plot_samples(as_images(x)), file)
+    _say(f"wrote {file}")
 
 
 @_command("pyro-vae plot runs/mnist --kind curves --kind samples")
 def plot(
     run: RunPath,
-    kind: Annotated[
-        list[str] | None,
-        typer.Option(help=f"One of {', '.join(_KINDS)}; may be repeated; by default all."),
-    ] = None,
+    kind: Annotated[list[str] | None, typer.Option(help=_KIND_HELP)] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the pictures; RUN/figures by default.")] = None,
     root: Root = None,
+    device: Device = None,
     seed: Seed = 0,
 ) -> None:
     """Draw a run's pictures: learning curves, samples, reconstructions, latents, manifold, traversals."""
+    from pyro_vae.gallery import KINDS, Gallery
+
     for name in kind or ():
-        if name not in _KINDS:
-            near = get_close_matches(name, _KINDS, n=1, cutoff=0.0)
-            raise ValueError(f"--kind: expected one of {', '.join(_KINDS)}, got {name!r}; did you mean {near[0]!r}?")
-    stored = _load(run, None)
-    applicable = _pictures(stored, root, seed)
-    if refused := sorted(set(kind or ()) - applicable.keys()):
-        raise ValueError(
-            f"--kind {refused[0]} does not apply to this run (latent_dim {stored.program.latent_dim}, "
-            f"data_shape {stored.program.data_shape}); these do: {', '.join(applicable)}"
-        )
-    folder = output or stored.path / "figures"
-    for name in kind or applicable:
-        file = folder / f"{name}.png"
-        _save(applicable[name](), file)
-        console.print(f"wrote {file}")
-
-
-def _pictures(stored: StoredRun, root: Path | None, seed: int) -> dict[str, Callable[[], Figure]]:
-    """The pictures that apply to a run, each made when called."""
-    import torch
-
-    from pyro_vae import plots
-    from pyro_vae.inputs import open_inputs
-    from pyro_vae.programs import as_program
-
-    vae = stored.program
-    torch.manual_seed(seed)
-
-    @functools.cache
-    def held_out() -> tuple[Tensor, Dataset]:
-        data = stored.dataset(root)
-        rows = open_inputs(as_program(vae), data, split="test").tensors()
-        return next(iter(rows.rows(torch.randperm(len(rows))[:2000]).values())), data
-
-    def latents() -> Figure:
-        data = stored.dataset(root)
-        rows = open_inputs(as_program(vae), data, split="test").tensors()
-        index = torch.randperm(len(rows))[:2000]
-        z = vae.encode(next(iter(rows.rows(index).values()))).mean
-        labels = None if data.test_labels is None else data.test_labels[index].numpy()
-        return plots.plot_latents(z.numpy(), labels, label_names=data.label_names, seed=seed)
-
-    def decoded(z: Tensor) -> NDArray[np.floating[Any]]:
-        return _images(vae.decode(z).mean.numpy())
-
-    def manifold() -> Figure:
-        images = decoded(torch.as_tensor(plots.latent_grid(20), dtype=torch.get_default_dtype()))
-        return plots.plot_manifold(images, pad=int(images.shape[1] <= 16))  # small images fill their frame
-
-    def traversals() -> Figure:
-        values = torch.linspace(-2.5, 2.5, 11)
-        z = torch.zeros(vae.latent_dim, len(values), vae.latent_dim)
-        for j in range(vae.latent_dim):
-            z[j, :, j] = values
-        images = decoded(z.flatten(0, 1))
-        return plots.plot_traversals(images.reshape(*z.shape[:2], *images.shape[1:]), values=values.numpy())
-
-    def reconstructions() -> Figure:
-        x = held_out()[0][:12]
-        return plots.plot_reconstructions(_images(x.numpy()), decoded(vae.encode(x).mean))
-
-    found: dict[str, Callable[[], Figure]] = {
-        "curves": lambda: plots.plot_learning_curves({"AEVB": stored.history}),
-        "latents": latents,
-    }
-    if _is_image(vae.data_shape):
-        found |= {
-            "samples": lambda: plots.plot_samples(_images(vae.sample(100, mean=True).numpy()), columns=10),
-            "reconstructions": reconstructions,
-            "traversals": traversals,
-        }
-        if vae.latent_dim == 2:
-            found["manifold"] = manifold
-    return {name: _without_gradients(make) for name, make in found.items()}
-
-
-def _without_gradients(make: Callable[[], Figure]) -> Callable[[], Figure]:
-    import torch
-
-    return torch.no_grad()(make)
+        if name not in KINDS:
+            near = get_close_matches(name, KINDS, n=1, cutoff=0.0)
+            raise ValueError(f"--kind: expected one of {', '.join(KINDS)}, got {name!r}; did you mean {near[0]!r}?")
+    stored = _load(run, device)
+    gallery = Gallery(stored, root, seed)
+    missing = gallery.missing()
+    if refused := [name for name in kind or () if name in missing]:
+        raise ValueError(f"--kind {refused[0]} does not apply to this run: it needs {missing[refused[0]]}")
+    for name in kind or KINDS:
+        if name in missing:
+            _say(f"left out {name}: it needs {missing[name]}")
+        else:
+            file = (output or stored.path / "figures") / f"{name}.png"
+            _save(gallery.draw(name), file)
+            _say(f"wrote {file}")
 
 
 @_command("pyro-vae datasets --root /data")
@@ -483,7 +436,7 @@ def datasets(root: Root = None) -> None:
         table.add_row(name, "x".join(map(str, info.shape)), sizes, info.binarize, on_disk)
     console.print(table)
     for name, info in DATASETS.items():
-        console.print(f"[bold]{name}[/]: {info.split} {info.citation}.", highlight=False)
+        console.print(f"[bold]{name}[/]: {info.split} {info.citation}.")
     console.print("or the path of a .npy or .npz file or of a folder of images")
 
 
@@ -506,26 +459,26 @@ def _split(data: Dataset, split: str) -> Dataset:
     return replace(data, test=getattr(data, split), test_labels=getattr(data, f"{split}_labels"))
 
 
-def _is_image(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 or (len(shape) == 3 and shape[-1] in (1, 3, 4))
-
-
-def _images(x: NDArray[Any]) -> NDArray[Any]:
-    """Data (n, H, W[, C]) as pictures: a single channel is dropped.
-
-    Raises:
-        ValueError: they are not pictures.
-    """
-    if not _is_image(x.shape[1:]):
-        raise ValueError(
-            f"expected images (n, H, W) or (n, H, W, C), got data of shape {x.shape}: choose a .npy output"
-        )
-    return x[..., 0] if x.ndim == 4 and x.shape[-1] == 1 else x
-
-
 def _save(figure: Figure, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from pyro_vae import __version__
+
+        _say(f"pyro-vae {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

@@ -116,6 +116,7 @@ def plot_learning_curves(
     axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # more would run into each other
     limits = _robust_limits(axes.lines)
     axes.set_ylim(limits if ylim is None else ylim)
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.legend(loc="lower right", framealpha=0.8, edgecolor="none")
     return figure
 

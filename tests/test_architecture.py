@@ -26,6 +26,7 @@ PICTURE: dict[str, set[str]] = {
     "training": {"evaluation", "objectives", "compile", "programs", "inputs", "data", "numerics"},
     "runs": {"models", "objectives", "training", "programs", "inputs", "data"},
 }
+PICTURE["gallery"] = {"runs", "plots", "inputs", "programs", "data"}
 PICTURE["experiments"] = set(PICTURE)
 PICTURE["interop"] = PICTURE["experiments"] | {"experiments"}
 PICTURE["cli"] = PICTURE["interop"] | {"interop"}
