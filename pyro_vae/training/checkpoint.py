@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
+from safetensors.torch import load, save
 from torch import Tensor
 
 from pyro_vae.programs import Program
@@ -160,7 +160,7 @@ class RunDirectory:
         Raises:
             OSError: the disk is full or cannot be written; the checkpoint before is untouched.
         """
-        tensors = safetensors.torch.save(  # of copies: it refuses tensors that share memory, such as tied buffers
+        tensors = save(  # of copies: it refuses tensors that share memory, such as tied buffers
             {name: t.clone(memory_format=torch.contiguous_format) for name, t in checkpoint.tensors.items()}
         )
         state = {"format_version": FORMAT_VERSION, **checkpoint.state, "tensors_sha256": _sha256(tensors)}
@@ -214,7 +214,7 @@ class RunDirectory:
             with contextlib.suppress(FileNotFoundError):
                 content = file.read_bytes()
                 if (digest := _sha256(content)) == wanted:
-                    return Checkpoint(safetensors.torch.load(content), state)
+                    return Checkpoint(load(content), state)
                 found.append(digest)
         raise CheckpointError(
             f"{self.tensors_file} is corrupt or missing: expected SHA-256 {wanted}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -80,10 +81,11 @@ def make_optimizer(
 
 
 def _fused(cls: type[Optimizer], parameters: Sequence[Tensor], options: dict[str, Any]) -> Optimizer:
-    try:
-        return cls(parameters, **options, fused=True)  # type: ignore[call-arg]
-    except (TypeError, RuntimeError):  # no fused form, of this optimiser or on this device
-        return cls(parameters, **options)
+    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)  # elsewhere a refusal may wait for a step
+    with contextlib.suppress(TypeError, RuntimeError):  # not every optimiser has a fused form
+        if on_cpu:
+            return cls(parameters, **options, fused=True)  # type: ignore[call-arg]
+    return cls(parameters, **options)
 
 
 def state_tensors(optimizer: Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
