@@ -142,13 +142,13 @@ def forked_rng() -> Iterator[None]:
 
 
 def whole_number(name: str, value: Any, least: int = 1, most: float = math.inf) -> int:
-    """A whole number (numpy's too, but no boolean) within limits.
+    """A whole number (numpy's, and 1e6, but no boolean) within limits.
 
     Raises:
         ValueError: it is not; says what was expected of ``name``.
     """
     try:
-        number = operator.index(value)
+        number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, bool) or not least <= number <= most:

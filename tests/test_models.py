@@ -135,7 +135,7 @@ def test_init_paper_is_narrower_than_the_default():
     [
         ({"data_shape": ()}, "data_shape"),
         ({"data_shape": (4, 0)}, "data_shape"),
-        ({"data_shape": (4.0,)}, "data_shape"),
+        ({"data_shape": (4.5,)}, "data_shape"),
         ({"latent_dim": 0}, "latent_dim"),
         ({"latent_dim": 1.5}, "latent_dim"),
         ({"hidden_dims": (5, -1)}, "hidden_dims"),

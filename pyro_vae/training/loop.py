@@ -26,7 +26,6 @@ import pyro_vae
 from pyro_vae.data import BatchIterable, Columns, Dataset, TensorData
 from pyro_vae.evaluation import BoundEstimate, evaluate_bound
 from pyro_vae.inputs import Inputs, move_to, open_inputs
-from pyro_vae.numerics import whole_number
 from pyro_vae.objectives import SGVB, Objective
 from pyro_vae.programs import HasModelAndGuide, Program, as_program
 from pyro_vae.training import random_state
@@ -35,6 +34,7 @@ from pyro_vae.training.interrupts import Signals, TrainingInterrupted
 from pyro_vae.training.optimizers import OptimizerLike, load_state, make_optimizer, optimizer_name, state_tensors
 from pyro_vae.training.progress import progress_bar
 from pyro_vae.training.provenance import describe, describe_data, describe_environment, require_same_run
+from pyro_vae.training.settings import Settings
 from pyro_vae.training.step import NonFiniteLossError, Step, eager_step
 
 __all__ = ["Run", "fit"]
@@ -163,7 +163,7 @@ def fit(
         >>> run.samples, len(run.history)
         (2594, 2)
     """
-    settings = _Settings(
+    settings = Settings(
         optimizer=optimizer_name(optimizer),
         learning_rate=learning_rate,
         batch_size=batch_size,
@@ -208,53 +208,6 @@ def fit(
     )
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """The settings of a run that a resumed run must share, validated."""
-
-    optimizer: str
-    learning_rate: float | None
-    batch_size: int
-    num_samples: int | None
-    epochs: int | None
-    binarize: str | None
-    seed: int
-    evaluate_every: int | None
-    evaluation_size: int
-    checkpoint_every: int | None
-    prior_scale: float | None
-    kl_warmup: int | None
-    max_grad_norm: float | None
-    patience: int | None
-
-    def __post_init__(self) -> None:
-        if (self.num_samples is None) == (self.epochs is None):
-            raise ValueError(
-                "expected a budget as either num_samples or epochs, "
-                f"got num_samples={self.num_samples} and epochs={self.epochs}"
-            )
-        optional = ("num_samples", "epochs", "evaluate_every", "checkpoint_every", "kl_warmup", "patience")
-        for name in ("batch_size", "evaluation_size", *optional):
-            value = getattr(self, name)
-            if value is not None or name not in optional:
-                object.__setattr__(self, name, whole_number(name, value))
-        object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, 2**32 - 1))
-        for name in ("learning_rate", "prior_scale", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, _positive(name, value))
-
-
-def _positive(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name}: expected a positive number, got {value!r}")
-    return number
-
-
 def _require_objective(objective: Any) -> None:
     name, takes_steps = type(objective).__name__, hasattr(objective, "loss_and_grads")
     if isinstance(objective, type) or not (takes_steps or hasattr(objective, "differentiable_loss")):
@@ -269,7 +222,7 @@ def _require_objective(objective: Any) -> None:
 class _Trainer:
     """A run in progress: what is trained, by what, on what, and how far it is."""
 
-    def __init__(self, program: Program, objective: Any, optimizer: OptimizerLike, settings: _Settings) -> None:
+    def __init__(self, program: Program, objective: Any, optimizer: OptimizerLike, settings: Settings) -> None:
         self.program, self.objective, self.settings = program, objective, settings
         self._make_optimizer = optimizer
         self.position = _Position()

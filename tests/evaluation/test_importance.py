@@ -229,7 +229,7 @@ def test_log_marginal_changes_nothing_and_is_repeatable():
     [
         ({"method": "bridge"}, "method.*importance"),
         ({"num_particles": 0}, "num_particles"),
-        ({"num_particles": 2.0}, "num_particles"),
+        ({"num_particles": 2.5}, "num_particles"),
         ({"batch_size": 0}, "batch_size"),
         ({"max_elements": 0}, "max_elements"),
         ({"binarize": "sometimes"}, "binarize"),

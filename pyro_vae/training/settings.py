@@ -1,0 +1,62 @@
+"""The settings of a run, validated before any work is done."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pyro_vae.numerics import whole_number
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings that a resumed run must share, the budget apart; what they mean is in :func:`pyro_vae.fit`.
+
+    Raises:
+        ValueError: one of them is out of its range; says what was expected.
+    """
+
+    optimizer: str
+    learning_rate: float | None
+    batch_size: int
+    num_samples: int | None
+    epochs: int | None
+    binarize: str | None
+    seed: int
+    evaluate_every: int | None
+    evaluation_size: int
+    checkpoint_every: int | None
+    prior_scale: float | None
+    kl_warmup: int | None
+    max_grad_norm: float | None
+    patience: int | None
+
+    def __post_init__(self) -> None:
+        if (self.num_samples is None) == (self.epochs is None):
+            raise ValueError(
+                "expected a budget as either num_samples or epochs, "
+                f"got num_samples={self.num_samples} and epochs={self.epochs}"
+            )
+        optional = ("num_samples", "epochs", "evaluate_every", "checkpoint_every", "kl_warmup", "patience")
+        for name in ("batch_size", "evaluation_size", *optional):
+            value = getattr(self, name)
+            if value is not None or name not in optional:
+                object.__setattr__(self, name, whole_number(name, value))
+        object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, 2**32 - 1))
+        for name in ("learning_rate", "prior_scale", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _positive(name, value))
+
+
+def _positive(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}: expected a positive number, got {value!r}")
+    return number
