@@ -343,6 +343,7 @@ def log_weights(
     num_particles: int = 1,
     analytic_kl: bool = False,
     reparameterized: bool = False,
+    fixed: bool = False,
     latents: Mapping[str, Tensor] | None = None,
 ) -> LogWeights:
     """Draw K particles per datum from the guide and give every log density of them.
@@ -358,6 +359,7 @@ def log_weights(
             distributions are fixed when the site is drawn. A bottom-up guide of a two-layer model does not admit it
             at the lower layer.
         reparameterized: insist that gradients flow through every draw.
+        fixed: hold the draws fixed: gradients are those of the densities at them, and none flows through a draw.
         latents: take these values, (K, M, *event) by site, instead of drawing; gradients flow to them.
 
     Returns:
@@ -370,7 +372,7 @@ def log_weights(
     kwargs = kwargs or {}
     if not isinstance(args, (tuple, list)):
         raise ValueError(f"args: expected a tuple of arguments such as (x,), got {type(args).__name__}")
-    run = functools.partial(_run, model, guide, args, kwargs, analytic_kl, reparameterized)
+    run = functools.partial(_run, model, guide, args, kwargs, analytic_kl, reparameterized, fixed)
     if getattr(_owner(model), "vectorize", True):
         dim = -1 - _plate_nesting(model, guide, args, kwargs)
         with pyro.plate(_PARTICLE_PLATE, num_particles, dim=dim):
@@ -408,6 +410,14 @@ class _Given(Messenger):  # type: ignore[misc]
             msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
+class _Fixed(Messenger):  # type: ignore[misc]
+    """What is drawn inside has no gradient."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and isinstance(msg["value"], Tensor):
+            msg["value"] = msg["value"].detach()
+
+
 def _run(
     model: PyroFunction,
     guide: PyroFunction,
@@ -415,9 +425,11 @@ def _run(
     kwargs: Any,
     analytic_kl: bool,
     reparameterized: bool,
+    fixed: bool,
     latents: Mapping[str, Tensor],
 ) -> LogWeights:
-    guide_trace = poutine.trace(_Given(latents)(guide)).get_trace(*args, **kwargs)
+    with _Fixed() if fixed else contextlib.nullcontext():
+        guide_trace = poutine.trace(_Given(latents)(guide)).get_trace(*args, **kwargs)
     # Replayed with the subsamples of its plates: a plate that draws its own minibatch draws the guide's.
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     observed, latent = _split(prune_subsample_sites(model_trace))

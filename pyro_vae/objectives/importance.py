@@ -187,11 +187,9 @@ def _leave_one_out(log_w: Tensor) -> Tensor:
 
 def fixed_draws(objective: Objective, model: Any, guide: Any, args: Any, kwargs: Any) -> LogWeights:
     """Log weights of draws that are held fixed: gradients are those of the densities at them."""
-    with same_minibatch():
-        with torch.no_grad():
-            draws = log_weights(model, guide, args, kwargs, num_particles=objective.num_particles)
-        require_local(objective, draws)
-        return log_weights(model, guide, args, kwargs, num_particles=objective.num_particles, latents=draws.latents)
+    weights = log_weights(model, guide, args, kwargs, num_particles=objective.num_particles, fixed=True)
+    require_local(objective, weights)
+    return weights
 
 
 def require_local(objective: Objective, weights: LogWeights) -> None:
