@@ -27,6 +27,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pyro_vae.arguments import one_of
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -229,11 +231,7 @@ def _make_objective(name: str, options: Mapping[str, Any]) -> Any:
     """The objective of a name, with the options that were given; one that it does not take is an error."""
     from pyro_vae.objectives import OBJECTIVES
 
-    if name.lower() not in OBJECTIVES:
-        near = get_close_matches(name.lower(), OBJECTIVES, n=1, cutoff=0.0)
-        known = ", ".join(OBJECTIVES)
-        raise ValueError(f"--objective: expected one of {known}, got {name!r}; did you mean {near[0]!r}?")
-    objective = OBJECTIVES[name.lower()]
+    objective = OBJECTIVES[one_of("--objective", name.lower(), OBJECTIVES)]
     given = {option: value for option, value in options.items() if value is not None}
     taken = inspect.signature(objective).parameters
     for option in given.keys() - taken.keys():
@@ -404,9 +402,7 @@ def plot(
     from pyro_vae.gallery import KINDS, Gallery
 
     for name in kind or ():
-        if name not in KINDS:
-            near = get_close_matches(name, KINDS, n=1, cutoff=0.0)
-            raise ValueError(f"--kind: expected one of {', '.join(KINDS)}, got {name!r}; did you mean {near[0]!r}?")
+        one_of("--kind", name, KINDS)
     stored = _load(run, device)
     gallery = Gallery(stored, root, seed)
     missing = gallery.missing()
@@ -454,8 +450,7 @@ def _split(data: Dataset, split: str) -> Dataset:
     """The data set with the wanted split in the place of its test split."""
     from dataclasses import replace
 
-    if split not in ("train", "valid", "test"):
-        raise ValueError(f"--split: expected train, valid or test, got {split!r}")
+    one_of("--split", split, ("train", "valid", "test"))
     return replace(data, test=getattr(data, split), test_labels=getattr(data, f"{split}_labels"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae.data import BatchIterable, Columns, Dataset, Reader, TensorData, as_columns
 from pyro_vae.data.batches import is_grey, is_unscaled, require_range, require_valid
-from pyro_vae.programs import HasModelAndGuide, Program, ProgramCheck, as_program, check_program
+from pyro_vae.programs import HasModelAndGuide, Program, ProgramCheck, as_program, check_program, signature_of
 
 __all__ = ["Inputs", "device_of", "move_to", "open_inputs"]
 
@@ -107,9 +106,8 @@ def open_inputs(
     columns = None if isinstance(data, list) else as_columns(data, names)
     if columns is not None:
         require_valid(columns)
-        tensors = TensorData(columns, reader)
         check, reader = _fit_reader(program, columns, reader, by_name, binarize, batch_size)
-        return Inputs(replace(tensors, reader=reader).resident(), by_name, check)
+        return Inputs(TensorData(columns, reader).resident(), by_name, check)
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
         raise ValueError(
             "expected data as a tensor, a tuple or dict of tensors, a data set of load_dataset or an iterable of "
@@ -130,7 +128,7 @@ def _open_batches(program: Program, batches: BatchIterable, binarize: str | None
 
 
 def _argument_names(program: Program) -> tuple[str, ...]:
-    parameters = inspect.signature(program.functions["model"]).parameters.values()
+    parameters = signature_of(program.model).parameters.values()
     positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return tuple(positional) or ("x",)
 
@@ -159,5 +157,6 @@ def _fit_reader(
             "for real numbers, such as gaussian"
         )
     if program.data_range is not None:
-        require_range(next(iter(few)), columns[next(iter(few))], program.data_range, next(iter(few)) in unscaled)
+        first = next(iter(columns))
+        require_range(first, columns[first], program.data_range, first in unscaled)
     return check, replace(reader, drawn=frozenset(grey))

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +22,6 @@ __all__ = [
     "log_mean_exp",
     "mean_and_standard_error",
     "summarize_weights",
-    "whole_number",
 ]
 
 
@@ -139,19 +136,3 @@ def forked_rng() -> Iterator[None]:
     finally:
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
-
-
-def whole_number(name: str, value: Any, least: int = 1, most: float = math.inf) -> int:
-    """A whole number (numpy's, and 1e6, but no boolean) within limits.
-
-    Raises:
-        ValueError: it is not; says what was expected of ``name``.
-    """
-    try:
-        number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or not least <= number <= most:
-        limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise ValueError(f"{name}: expected a whole number {limits}, got {value!r}")
-    return number

@@ -486,7 +486,7 @@ def dream(model: PyroFunction, args: Sequence[Any], kwargs: Mapping[str, Any] | 
         ValueError: an observed site has no argument of its name, or one of another shape; or a latent site lies outside
             the data plate.
     """
-    positions = [name for name, _ in zip(_signature(model).parameters, args, strict=False)]
+    positions = [name for name, _ in zip(signature_of(model).parameters, args, strict=False)]
     given = dict(zip(positions, args, strict=False)) | dict(kwargs or {})
     dreaming = _Dreaming()
     trace = prune_subsample_sites(poutine.trace(dreaming(model)).get_trace(*args, **(kwargs or {})))
@@ -530,7 +530,8 @@ class _Dreaming(Messenger):  # type: ignore[misc]
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
-def _signature(function: PyroFunction) -> inspect.Signature:
+def signature_of(function: PyroFunction) -> inspect.Signature:
+    """The signature of a Pyro function: a Program's is its own function's, a module's that of ``forward``."""
     owner = _owner(function)
     plain = owner.functions[function.__name__] if isinstance(owner, Program) else function
     return inspect.signature(plain.forward if isinstance(plain, nn.Module) else plain)
@@ -695,7 +696,7 @@ def bind_arguments(program: Program, args: Sequence[Any], kwargs: Mapping[str, A
     Raises:
         ValueError: they do not fit the model's signature.
     """
-    signature = inspect.signature(program.functions["model"])
+    signature = signature_of(program.model)
     try:
         return dict(signature.bind(*args, **kwargs).arguments)
     except TypeError as error:

@@ -28,7 +28,7 @@ class StoredRun:
 
     Attributes:
         path: the directory.
-        program: the model, with its trained parameters: those of the best validation bound where the run stopped early.
+        program: the model, with its trained parameters: those of the best validation bound where one was sought.
         config: what the run is.
         history: a row per evaluation, as in :class:`pyro_vae.Run`.
     """
@@ -112,7 +112,7 @@ def build_model(config: Mapping[str, Any], path: Path) -> Any:
     if described.get("type") not in models.__all__ or "config" not in described:
         raise CheckpointError(
             f"the program of {path} is {described.get('type')}, which only its own code can build: "
-            "restore it by fit(program, data, run_dir=..., resume=True)"
+            "pass it, load_run(run_dir, program, data=data), or go on by fit(program, data, run_dir=..., resume=True)"
         )
     with _config_of(path):
         return getattr(models, described["type"])(**described["config"])

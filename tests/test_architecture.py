@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "pyro_vae"
 
 # Each file or folder of the package, and what it may import of the package beside itself.
 PICTURE: dict[str, set[str]] = {
+    "arguments": set(),
     "numerics": set(),
     "networks": set(),
     "data": set(),
@@ -19,13 +20,15 @@ PICTURE: dict[str, set[str]] = {
     "hmc": {"numerics", "programs"},
     "smc": {"numerics", "programs"},
     "inputs": {"programs", "data"},
-    "models": {"networks", "distributions", "numerics"},
+    "models": {"networks", "distributions"},
     "objectives": {"programs", "hmc", "smc", "numerics"},
     "evaluation": {"objectives", "programs", "hmc", "smc", "compile", "numerics", "inputs", "data"},
     "tasks": {"programs", "hmc", "inputs", "data"},
     "training": {"evaluation", "objectives", "compile", "programs", "inputs", "data", "numerics"},
     "runs": {"models", "objectives", "training", "programs", "inputs", "data"},
 }
+for _name in ("models", "objectives", "evaluation", "training"):
+    PICTURE[_name].add("arguments")
 PICTURE["gallery"] = {"runs", "plots", "inputs", "programs", "data"}
 PICTURE["experiments"] = set(PICTURE)
 PICTURE["interop"] = PICTURE["experiments"] | {"experiments"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_vae.numerics import log_mean_exp, mean_and_standard_error, summarize_weights, whole_number
+from pyro_vae.numerics import log_mean_exp, mean_and_standard_error, summarize_weights
 from tests import oracles
 from tests.statistics import assert_mean_close
 
@@ -169,16 +169,3 @@ def test_oracle_of_the_posterior_by_bayes_rule():
     left = joint.log_prob(torch.cat([z, x], 1))
     right = joint.last(3).log_prob(x) + joint.given_last(x).log_prob(z)
     torch.testing.assert_close(left, right, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(("value", "expected"), [(3, 3), (np.int64(3), 3), (1e6, 1_000_000), (np.uint8(7), 7)])
-def test_whole_numbers(value, expected):
-    number = whole_number("n", value)
-    assert number == expected
-    assert type(number) is int
-
-
-@pytest.mark.parametrize("value", [0, -1, 2.5, math.nan, math.inf, True, "3", None, [3]])
-def test_what_is_no_whole_number(value):
-    with pytest.raises(ValueError, match="n: expected a whole number of at least 1, got"):
-        whole_number("n", value)

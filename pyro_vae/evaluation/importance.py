@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.arguments import one_of, whole_number
 from pyro_vae.data import TensorData
 from pyro_vae.evaluation.bounds import frozen
 from pyro_vae.evaluation.diagnostics import pareto_k
 from pyro_vae.inputs import Inputs, open_inputs
-from pyro_vae.numerics import mean_and_standard_error, summarize_weights, whole_number
+from pyro_vae.numerics import mean_and_standard_error, summarize_weights
 from pyro_vae.programs import HasModelAndGuide, Program, as_program, log_weights
 
 __all__ = ["METHODS", "Score", "log_marginal"]
@@ -114,8 +115,7 @@ def log_marginal(
         >>> bool(torch.allclose(score.values, model.log_marginal(torch.zeros(2, 3))))
         True
     """
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    one_of("method", method, METHODS)
     num_particles = whole_number("num_particles", num_particles)
     batch_size = whole_number("batch_size", batch_size)
     max_elements = whole_number("max_elements", max_elements)

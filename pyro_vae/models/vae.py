@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import pyro
@@ -17,9 +16,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.arguments import one_of, whole_number
 from pyro_vae.models.registration import register
 from pyro_vae.networks import ACTIVATIONS, MLP, GaussianMLP, init_paper
-from pyro_vae.numerics import whole_number
 
 __all__ = ["VAE", "positive_ints"]
 
@@ -67,9 +66,9 @@ class VAE(nn.Module):
         self.data_shape = positive_ints("data_shape", (data_shape,) if isinstance(data_shape, int) else data_shape)
         (self.latent_dim,) = positive_ints("latent_dim", (latent_dim,))
         self.hidden_dims = positive_ints("hidden_dims", hidden_dims, may_be_empty=True)
-        self.likelihood = _one_of("likelihood", likelihood, LIKELIHOODS)
-        self.activation = _one_of("activation", activation, tuple(ACTIVATIONS))
-        self.init = _one_of("init", init, INITS)
+        self.likelihood = one_of("likelihood", likelihood, LIKELIHOODS)
+        self.activation = one_of("activation", activation, tuple(ACTIVATIONS))
+        self.init = one_of("init", init, INITS)
         data_dim = math.prod(self.data_shape)
         self.encoder = GaussianMLP(data_dim, self.hidden_dims, self.latent_dim, activation)
         decoder_dims = self.latent_dim, self.hidden_dims[::-1], data_dim, activation
@@ -152,11 +151,3 @@ def positive_ints(name: str, values: Sequence[int], *, may_be_empty: bool = Fals
     if not (numbers or may_be_empty):
         raise ValueError(f"{name}: expected at least one whole number, got {values!r}")
     return numbers
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        near = get_close_matches(str(value), allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}{hint}")
-    return value

@@ -9,7 +9,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vae.numerics import whole_number
+from pyro_vae.arguments import whole_number
 
 __all__ = ["Objective", "value_with_gradient_of"]
 

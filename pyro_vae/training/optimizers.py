@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from pyro_vae.arguments import one_of
 
 __all__ = ["OptimizerLike", "load_state", "make_optimizer", "optimizer_name", "state_tensors"]
 
@@ -61,10 +62,7 @@ def make_optimizer(
     if name in _REFUSED:
         raise ValueError(f"optimizer {name!r} cannot train by stochastic gradients: {_REFUSED[name]}")
     if isinstance(optimizer, str):
-        if name not in _BY_NAME:
-            near = get_close_matches(name, _BY_NAME, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"optimizer: expected one of {', '.join(sorted(_BY_NAME))}, got {optimizer!r}{hint}")
+        one_of("optimizer", name, sorted(_BY_NAME))
         optimizer = _BY_NAME[name]
     expected = "optimizer: expected a name or class of torch.optim, or a function of the parameters that returns one"
     if not (issubclass(optimizer, Optimizer) if isinstance(optimizer, type) else callable(optimizer)):

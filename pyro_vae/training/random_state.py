@@ -11,6 +11,8 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_vae.numerics import forked_rng
+
 __all__ = ["capture", "restore", "seeded"]
 
 _PYTHON_WORDS = 625
@@ -47,12 +49,9 @@ def restore(state: dict[str, Tensor]) -> None:
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed every generator, and put them all back as they were on leaving."""
-    before = capture()
-    try:
+    with forked_rng():
         pyro.set_rng_seed(seed)
         yield
-    finally:
-        restore(before)
 
 
 class Stream:

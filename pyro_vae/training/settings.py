@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from pyro_vae.numerics import whole_number
+from pyro_vae.arguments import whole_number
 
 __all__ = ["Settings"]
 

@@ -1,0 +1,40 @@
+"""Checks of arguments: what was expected, and what came."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+__all__ = ["one_of", "whole_number"]
+
+
+def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
+    """A value that is one of a few names.
+
+    Raises:
+        ValueError: it is not; lists the names and suggests the nearest.
+    """
+    known = tuple(allowed)
+    if value in known:
+        return str(value)
+    nearest = get_close_matches(str(value), known, n=1, cutoff=0.0)[0]
+    raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}; did you mean {nearest!r}?")
+
+
+def whole_number(name: str, value: Any, least: int = 1, most: float = math.inf) -> int:
+    """A whole number (numpy's, and 1e6, but no boolean) within limits.
+
+    Raises:
+        ValueError: it is not; says what was expected of ``name``.
+    """
+    try:
+        number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or not least <= number <= most:
+        limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ValueError(f"{name}: expected a whole number {limits}, got {value!r}")
+    return number
