@@ -26,16 +26,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyro_vae import evaluation as evaluation
     from pyro_vae import plots as plots
     from pyro_vae.data import Dataset as Dataset
     from pyro_vae.data import load_dataset as load_dataset
     from pyro_vae.evaluation import Score as Score
+    from pyro_vae.evaluation import bidirectional as bidirectional
     from pyro_vae.evaluation import evaluate_bound as evaluate_bound
     from pyro_vae.evaluation import log_marginal as log_marginal
+    from pyro_vae.experiments import Comparison as Comparison
+    from pyro_vae.experiments.compare import compare as compare
     from pyro_vae.models import VAE as VAE
     from pyro_vae.models import LinearGaussian as LinearGaussian
     from pyro_vae.models import SigmoidBeliefNetwork as SigmoidBeliefNetwork
     from pyro_vae.objectives import IWAE as IWAE
+    from pyro_vae.objectives import MCEM as MCEM
     from pyro_vae.objectives import SGVB as SGVB
     from pyro_vae.objectives import VIMCO as VIMCO
     from pyro_vae.objectives import DReG as DReG
@@ -56,6 +61,7 @@ __version__ = "0.1.0"
 # Imported on first use: `pyro-vae --help` need not wait for torch.
 _HOMES = {
     "IWAE": "objectives",
+    "MCEM": "objectives",
     "VIMCO": "objectives",
     "DReG": "objectives",
     "Renyi": "objectives",
@@ -63,6 +69,7 @@ _HOMES = {
     "WakeSleep": "objectives",
     "SGVB": "objectives",
     "VAE": "models",
+    "Comparison": "experiments",
     "Dataset": "data",
     "LinearGaussian": "models",
     "Objective": "objectives",
@@ -71,7 +78,9 @@ _HOMES = {
     "Score": "evaluation",
     "SigmoidBeliefNetwork": "models",
     "StoredRun": "runs",
+    "bidirectional": "evaluation",
     "check_program": "programs",
+    "compare": "experiments.compare",
     "evaluate_bound": "evaluation",
     "fit": "training",
     "load_dataset": "data",
@@ -80,12 +89,14 @@ _HOMES = {
     "log_weights": "programs",
 }
 
+_MODULES = ("evaluation", "plots")
+
 __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "plots":
-        return importlib.import_module(f"{__name__}.plots")
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
@@ -94,4 +105,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+    return [*globals(), *_HOMES, *_MODULES]

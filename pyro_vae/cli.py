@@ -1,4 +1,4 @@
-"""The command line: ``pyro-vae train | evaluate | sample | plot | datasets``. The only file that prints.
+"""The command line: ``pyro-vae train | evaluate | compare | sample | plot | datasets``. The only file that prints.
 
 Exit codes: 0 done; 1 an error of this program's own; 2 bad input, an unusable file or a loss that is not finite;
 128 + n stopped by signal n (130 Ctrl-C, 143 SIGTERM). torch is imported inside the commands, so that ``--help`` is
@@ -16,8 +16,8 @@ import sys
 import time
 import tomllib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
@@ -131,11 +131,16 @@ _model = functools.partial(typer.Option, rich_help_panel="Model")
 _objective = functools.partial(typer.Option, rich_help_panel="Objective")
 _training = functools.partial(typer.Option, rich_help_panel="Training")
 _storage = functools.partial(typer.Option, rich_help_panel="Run directory")
+_grid = functools.partial(typer.Option, rich_help_panel="Comparison")
+_scoring = functools.partial(typer.Option, rich_help_panel="Scoring")
 
 _ROOT_HELP = "Folder with the data sets, or where to download them to."
 _BINARIZE_HELP = "'dynamic' draws grey levels anew at each read, 'none' refuses them; by default as the data set says."
-_OBJECTIVE_HELP = "sgvb, iwae, dreg, renyi, vimco, wake-sleep or reweighted-wake-sleep."
-_OBJECTIVE_OPTIONS = ("num_particles", "estimator", "alpha", "gradient", "insomnia")
+_OBJECTIVE_HELP = "sgvb, iwae, dreg, renyi, vimco, wake-sleep, reweighted-wake-sleep or mcem."
+_COMPARED_HELP = "NAME or NAME:key=value,key=value, such as sgvb or iwae:num_particles=10; repeat it to compare."
+_OBJECTIVE_OPTIONS = ("num_particles", "estimator", "alpha", "gradient", "insomnia", "num_leapfrog", "num_updates")
+_METHOD_HELP = "importance (a lower bound on average), ais (likewise) or posterior-density (an upper bound)."
+_METHOD_OPTIONS = ("defensive", "num_steps", "initial", "num_leapfrog")
 _KIND_HELP = "curves, samples, reconstructions, latents, manifold or traversals; may be repeated; by default all."
 _PRIOR_HELP = "Maximum a posteriori: scale of a Gaussian prior on every parameter (the paper: 1)."
 _EVALUATE_HELP = "Samples between evaluations; by default an epoch, or a hundredth of the budget."
@@ -169,6 +174,8 @@ def train(
     alpha: Annotated[float | None, _objective(help="renyi: order of the bound, below 1.")] = None,
     gradient: Annotated[str | None, _objective(help="dreg: dreg or stl.")] = None,
     insomnia: Annotated[float | None, _objective(help="reweighted-wake-sleep: share of the wake phase.")] = None,
+    num_leapfrog: Annotated[int | None, _objective(help="mcem: leapfrog steps of a transition.")] = None,
+    num_updates: Annotated[int | None, _objective(help="mcem: updates for each minibatch's draws.")] = None,
     kl_warmup: Annotated[int | None, _objective(help="Raise the KL weight from 0 to 1 over so many samples.")] = None,
     prior_scale: Annotated[float | None, _objective(help=_PRIOR_HELP)] = None,
     optimizer: Annotated[str, _training(help="Any of torch.optim by name, such as adagrad or adam.")] = "adagrad",
@@ -201,6 +208,7 @@ def train(
 
     import pyro_vae as pv
 
+    learner = _make_objective(objective, {name: options[name] for name in _OBJECTIVE_OPTIONS})
     data = pv.load_dataset(dataset, root=root, binarize=binarize)  # type: ignore[arg-type]
     torch.manual_seed(seed)  # the initial parameters
     shape = tuple(data.train.shape[1:])
@@ -214,12 +222,12 @@ def train(
     run = pv.fit(
         vae,
         data,
-        objective=_make_objective(objective, {name: options[name] for name in _OBJECTIVE_OPTIONS}),
+        objective=learner,
         num_samples=budget,
         run_dir=directory,
         **settings,
     )
-    _report_training(run.history, run.stopped_early, directory)
+    _report_training(type(learner).__name__, run.history, run.stopped_early, directory)
 
 
 def _say(text: str) -> None:
@@ -231,13 +239,22 @@ def _make_objective(name: str, options: Mapping[str, Any]) -> Any:
     """The objective of a name, with the options that were given; one that it does not take is an error."""
     from pyro_vae.objectives import OBJECTIVES
 
-    objective = OBJECTIVES[one_of("--objective", name.lower(), OBJECTIVES)]
     given = {option: value for option, value in options.items() if value is not None}
-    taken = inspect.signature(objective).parameters
+    return _require_options("--objective", name.lower(), OBJECTIVES, given)(**given)
+
+
+def _require_options(flag: str, name: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """What a name stands for, if it takes the options that were given."""
+    taken = inspect.signature(known[one_of(flag, name, known)]).parameters
+    flagged = {"num_particles", *_OBJECTIVE_OPTIONS, *_METHOD_OPTIONS}
     for option in given.keys() - taken.keys():
-        flags = ", ".join(f"--{n.replace('_', '-')}" for n in taken) or "none"
-        raise ValueError(f"--{option.replace('_', '-')} is not for --objective {name}, whose options are: {flags}")
-    return objective(**given)
+        flags = ", ".join(f"--{n.replace('_', '-')}" for n in taken if n in flagged) or "none"
+        raise ValueError(f"--{option.replace('_', '-')} is not for {flag} {name}, whose options are: {flags}")
+    return known[name]
+
+
+def _given(context: typer.Context, names: Iterable[str]) -> dict[str, Any]:
+    return {name: context.params[name] for name in names if context.params[name] is not None}
 
 
 def _resume(context: typer.Context, options: Mapping[str, Any]) -> None:
@@ -262,22 +279,23 @@ def _resume(context: typer.Context, options: Mapping[str, Any]) -> None:
     model = build_model(config, directory.path)
     data = StoredRun(directory.path, model, config, []).dataset(options["root"])
     settings = fit_settings(config, directory.path)
+    learner = build_objective(config, directory.path)
     if options["num_samples"] is not None or options["epochs"] is not None:
         settings |= {"num_samples": options["num_samples"], "epochs": options["epochs"]}
     run = fit(
         model,
         data,
-        objective=build_objective(config, directory.path),
+        objective=learner,
         run_dir=directory.path,
         resume=True,
         device=options["device"],
         tensorboard=options["tensorboard"],
         **settings,
     )
-    _report_training(run.history, run.stopped_early, directory.path)
+    _report_training(type(learner).__name__, run.history, run.stopped_early, directory.path)
 
 
-def _report_training(history: list[dict[str, Any]], stopped_early: bool, directory: Path) -> None:
+def _report_training(objective: str, history: list[dict[str, Any]], stopped_early: bool, directory: Path) -> None:
     row = max(history, key=lambda row: row.get("valid_bound", row["samples"]))  # of the parameters that were kept
     table = Table(title=f"after {row['samples']:,} training samples, {row['seconds']:.0f} s of training")
     for column in ("bound on log p(x)", "nats per datum", "standard error"):
@@ -286,19 +304,29 @@ def _report_training(history: list[dict[str, Any]], stopped_early: bool, directo
         if (bound := row.get(f"{split}_bound")) is not None:
             error = row.get(f"{split}_bound_se")
             table.add_row(split, f"{bound:.2f}", "" if error is None else f"{error:.2f}")
+    if (log_joint := row.get("train_log_joint")) is not None:  # Monte Carlo EM has no bound
+        table.add_row("train, log p(x, z)", f"{log_joint:.2f}", "")
     console.print(table)
     if "valid_bound" in row:
         console.print(f"{'stopped early: ' if stopped_early else ''}parameters are those of the best validation bound")
-    from pyro_vae.plots import plot_learning_curves
+    from pyro_vae.gallery import learning_curves
 
-    _save(plot_learning_curves({"AEVB": history}), directory / "figures" / "curves.png")
+    _save(learning_curves(objective, history), directory / "figures" / "curves.png")
     _say(f"run directory: {directory}\nnext: pyro-vae evaluate {directory}\n      pyro-vae plot {directory}")
 
 
 @_command("pyro-vae evaluate runs/mnist --num-particles 5000")
 def evaluate(
+    context: typer.Context,
     run: RunPath,
-    num_particles: Annotated[int, typer.Option(help="Importance samples per datum (K).")] = 1000,
+    method: Annotated[str, typer.Option(help=_METHOD_HELP)] = "importance",
+    num_particles: Annotated[
+        int | None, typer.Option(help="Draws or chains per datum (K); by default 1,000 for importance, 16 for ais.")
+    ] = None,
+    defensive: Annotated[float | None, typer.Option(help="importance: share of draws from the prior.")] = None,
+    num_steps: Annotated[int | None, typer.Option(help="ais: laws between start and posterior.")] = None,
+    initial: Annotated[str | None, typer.Option(help="ais: start at draws of the guide or of the prior.")] = None,
+    num_leapfrog: Annotated[int | None, typer.Option(help="ais, posterior-density: steps of a transition.")] = None,
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     num_data: Annotated[int | None, typer.Option(help="Score only the first so many data.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Data at a time.")] = 100,
@@ -307,30 +335,35 @@ def evaluate(
     seed: Seed = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file too.")] = None,
 ) -> None:
-    """Score a run: its bound and its importance-sampled log p(x), with standard errors."""
+    """Score a run: its bound and its log p(x), with standard errors."""
     from dataclasses import replace
 
     import pyro_vae as pv
+    from pyro_vae.evaluation import METHODS
 
     _require_folder("--json", json_file)
+    options = _given(context, _METHOD_OPTIONS)
+    _require_options("--method", method, METHODS, options)
+    if num_particles is None and method == "importance":
+        num_particles = 1000
     stored = _load(run, device)
     data = _split(stored.dataset(root), split)
     data = replace(data, test=data.test[:num_data])
     bound = pv.evaluate_bound(stored.program, data, seed=seed)
-    score = pv.log_marginal(stored.program, data, num_particles=num_particles, batch_size=batch_size, seed=seed)
-    ess, k = score.diagnostics["ess"], score.diagnostics["pareto_k"]
-    heavy = int((k > 0.7).sum())
+    options |= {"method": method, "num_particles": num_particles}
+    score = pv.log_marginal(stored.program, data, batch_size=batch_size, seed=seed, **options)
     table = Table(title=f"{data.name}, {split}: {len(score.values):,} data")
     for column in ("score", "nats per datum", "standard error"):
         table.add_column(column, justify="left" if column == "score" else "right")
-    table.add_row("lower bound (SGVB)", f"{bound.mean:.2f}", f"{bound.std_error:.2f}")
-    table.add_row(f"log p(x), {num_particles:,} particles", f"{score.mean:.2f}", f"{score.std_error:.2f}")
+    if stored.has_trained_guide:
+        table.add_row("lower bound (SGVB)", f"{bound.mean:.2f}", f"{bound.std_error:.2f}")
+    label = f"log p(x), {method}, {score.num_particles:,} particles"
+    table.add_row(label, f"{score.mean:.2f}", f"{score.std_error:.2f}")
     console.print(table)
-    if num_particles > 1:
+    if score.num_particles > 1:
         _say(f"Monte Carlo error of log p(x): {score.mc_error:.3f} nats")
-        _say(f"effective sample size: median {ess.median():.1f}, least {ess.min():.1f}, of {num_particles:,}")
-    if not k.isnan().all():
-        _say(f"Pareto k above 0.7 (uneven weights: log p(x) is a lower bound there): {heavy} of {len(k)} data")
+    for remark in score.remarks():
+        _say(remark)
     if json_file is not None:
         result = {
             "run": str(run),
@@ -341,13 +374,114 @@ def evaluate(
             "log_marginal": score.mean,
             "log_marginal_se": score.std_error,
             "log_marginal_mc_error": score.mc_error,
-            "num_particles": num_particles,
-            "median_ess": ess.median().item(),
-            "least_ess": ess.min().item(),
-            "num_pareto_k_above_0.7": heavy,
+            "method": method,
+            "num_particles": score.num_particles,
+            "median_ess": score.diagnostics["ess"].median().item(),
+            "least_ess": score.diagnostics["ess"].min().item(),
         }
+        if "pareto_k" in score.diagnostics:
+            result["num_pareto_k_above_0.7"] = int((score.diagnostics["pareto_k"] > 0.7).sum())
         known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in result.items()}
         json_file.write_text(json.dumps(known, indent=2) + "\n")
+
+
+@_command("pyro-vae compare --objective sgvb --objective iwae:num_particles=10 --learning-rate 0.02 --run-dir runs/c")
+def compare(
+    context: typer.Context,
+    objective: Annotated[list[str], _grid(help=_COMPARED_HELP)] = ["sgvb", "wake-sleep"],  # noqa: B006 - typer copies it
+    learning_rate: Annotated[list[float] | None, _grid(help="Repeat it for a grid of learning rates.")] = None,
+    seeds: Annotated[int, _grid(help="Trainings of each, with seeds 0, 1, ...", min=1)] = 3,
+    n_jobs: Annotated[int, _grid(help="Trainings at a time, each in a process of its own; -1: one per core.")] = 1,
+    dataset: Annotated[
+        str, _data(help="A name (see `datasets`), a .npy or .npz file, or a folder of images.")
+    ] = "digits",
+    root: Annotated[Path | None, _data(help=_ROOT_HELP, envvar="PYRO_VAE_DATA")] = None,
+    binarize: Annotated[str | None, _data(help=_BINARIZE_HELP)] = None,
+    latent_dim: Annotated[int, _model(help="Dimension of z.")] = 20,
+    hidden_dims: Annotated[
+        list[str], _model(help="Widths of the encoder's hidden layers: 500, or 500,200; the decoder mirrors them.")
+    ] = ["500"],  # noqa: B006
+    likelihood: Annotated[str, _model(help="bernoulli (binary data) or gaussian (data from 0 to 1).")] = "bernoulli",
+    optimizer: Annotated[str, _training(help="Any of torch.optim by name, such as adagrad or adam.")] = "adagrad",
+    batch_size: Annotated[int, _training(help="Data per step.")] = 100,
+    num_samples: Annotated[int | None, _training(help="Budget of each in training samples; 100,000 if none.")] = None,
+    epochs: Annotated[int | None, _training(help="Budget of each in passes through the data.")] = None,
+    method: Annotated[str, _scoring(help=_METHOD_HELP)] = "importance",
+    num_particles: Annotated[
+        int | None, _scoring(help="Draws or chains per datum (K); by default 1,000 for importance, 16 for ais.")
+    ] = None,
+    num_data: Annotated[int | None, _scoring(help="Score only the first so many test data.")] = None,
+    defensive: Annotated[float | None, _scoring(help="importance: share of draws from the prior.")] = None,
+    num_steps: Annotated[int | None, _scoring(help="ais: laws between start and posterior.")] = None,
+    initial: Annotated[str | None, _scoring(help="ais: start at draws of the guide or of the prior.")] = None,
+    num_leapfrog: Annotated[int | None, _scoring(help="ais, posterior-density: steps of a transition.")] = None,
+    refit_samples: Annotated[
+        int | None, _scoring(help="Train every guide for so many samples more, the model held fixed, before scoring.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, _storage(help="Directory of the comparison: the same command goes on where it was stopped.")
+    ] = None,
+) -> None:
+    """Train by several objectives, learning rates and seeds, and score all with the same estimator of log p(x)."""
+    import pyro_vae as pv
+    from pyro_vae.evaluation import METHODS
+
+    _require_options("--method", method, METHODS, options := _given(context, _METHOD_OPTIONS))
+    objectives = {text: _parse_objective(text) for text in objective}
+    data = pv.load_dataset(dataset, root=root, binarize=binarize)  # type: ignore[arg-type]
+    shape, widths = tuple(data.train.shape[1:]), _whole_numbers(hidden_dims)
+    directory = run_dir or Path("runs", f"compare-{data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    rates = {f"lr={rate:g}": {"learning_rate": rate} for rate in learning_rate or ()}
+    _say(f"{len(objectives) * max(1, len(rates)) * seeds} trainings on {data.name} in {directory}")
+    found = pv.compare(
+        objectives,
+        lambda: pv.VAE(shape, latent_dim, widths, likelihood),
+        data,
+        settings=rates or None,
+        seeds=seeds,
+        n_jobs=n_jobs,
+        run_dir=directory,
+        optimizer=optimizer,
+        batch_size=batch_size,
+        num_samples=100_000 if num_samples is None and epochs is None else num_samples,
+        epochs=epochs,
+        method=method,
+        num_particles=1000 if num_particles is None and method == "importance" else num_particles,
+        num_data=num_data,
+        scorer_options=options,
+        refit_samples=refit_samples,
+    )
+    _say(found.table())
+    if all(row["error"] is not None for row in found.rows):
+        _fail(f"every training failed: {found.rows[0]['error']}", 2)
+    _say(f"{directory}: results.json, table.md, curves.png, and a run directory for each training")
+
+
+def _parse_objective(text: str) -> Any:
+    """The objective that NAME or NAME:key=value,key=value stands for."""
+    from pyro_vae.objectives import OBJECTIVES
+
+    name, _, listed = text.partition(":")
+    made = OBJECTIVES[one_of("--objective", name.lower(), OBJECTIVES)]
+    options: dict[str, Any] = {}
+    taken = inspect.signature(made).parameters
+    for part in filter(None, listed.split(",")):
+        key, equals, value = part.partition("=")
+        options[key.strip().replace("-", "_")] = _number_or_text(value)
+        if not equals or options.keys() - taken.keys():
+            keys = f"key=value,... of {', '.join(taken)}" if taken else "no options"
+            raise ValueError(f"--objective {name}: expected {keys}; got {part!r}")
+    try:
+        return made(**options)
+    except TypeError as error:
+        raise ValueError(f"--objective {text}: {error}") from error
+
+
+def _number_or_text(text: str) -> int | float | str:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text.strip()
 
 
 def _require_folder(option: str, file: Path | None) -> None:

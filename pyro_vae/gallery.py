@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from pyro_vae.inputs import open_inputs
 from pyro_vae.programs import as_program
 from pyro_vae.runs import StoredRun
 
-__all__ = ["KINDS", "Gallery", "as_images"]
+__all__ = ["KINDS", "Gallery", "as_images", "learning_curves"]
 
 KINDS = ("curves", "samples", "reconstructions", "latents", "manifold", "traversals")
 
@@ -46,6 +46,8 @@ class Gallery:
             )
         elif self.model.latent_dim != 2:
             needs = {"manifold": "latent_dim 2"}
+        if not self.stored.has_trained_guide:
+            needs |= dict.fromkeys(("reconstructions", "latents"), "a trained guide")
         return needs
 
     @torch.no_grad()
@@ -56,8 +58,8 @@ class Gallery:
         return make()
 
     def curves(self) -> Figure:
-        """Bounds over training samples."""
-        return plots.plot_learning_curves({"AEVB": self.stored.history})
+        """Bounds over training samples, or log p(x, z) where there is no bound."""
+        return learning_curves(self.stored.config["objective"]["type"], self.stored.history)
 
     def samples(self) -> Figure:
         """Means of p(x | z), z from the prior."""
@@ -105,6 +107,19 @@ class Gallery:
 
     def _decoded(self, z: Tensor) -> NDArray[Any]:
         return as_images(self.model.decode(z.to(next(self.model.parameters()))).mean)
+
+
+def learning_curves(objective: str, history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Bounds over training samples; log p(x, z) of an objective that has no bound.
+
+    Args:
+        objective: its name, for the legend.
+        history: a row per evaluation, as in :class:`pyro_vae.Run`.
+    """
+    if any(row.get("train_log_joint") is not None for row in history):
+        curve = [{"samples": row["samples"], "train_bound": row["train_log_joint"]} for row in history]
+        return plots.plot_learning_curves({objective: curve}, ylabel="log p(x, z) (nats per datum)")
+    return plots.plot_learning_curves({objective: history})
 
 
 def is_image(shape: tuple[int, ...]) -> bool:

@@ -36,6 +36,12 @@ class Inputs:
         """The (args, kwargs) with which to call the program's functions on a batch."""
         return ((), dict(columns)) if self.by_name else (tuple(columns.values()), {})
 
+    def first(self) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """The (args, kwargs) of one batch: the first rows, or the iterable's first batch."""
+        if isinstance(self.data, TensorData):
+            return self.call(self.data.rows(slice(0, _DRY_RUN)))
+        return self.call(self.data.reader(self.data.columns(self.data.first())))
+
     def tensors(self) -> TensorData:
         """The data as rows.
 

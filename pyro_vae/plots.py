@@ -8,6 +8,7 @@ a figure is built; the caller's `rcParams` stay as they were. Images are floats 
 
 import difflib
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec
 
@@ -18,13 +19,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
-from scipy.stats import norm
+from scipy.stats import binom, norm
 
 __all__ = [
     "latent_grid",
+    "plot_comparison",
     "plot_latents",
     "plot_learning_curves",
     "plot_manifold",
+    "plot_rank_histograms",
     "plot_reconstructions",
     "plot_samples",
     "plot_traversals",
@@ -46,10 +49,12 @@ LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 POINT_COLOURS = ("#CC6677", "#332288", "#DDCC77", "#117733", "#88CCEE",
                  "#882255", "#44AA99", "#999933", "#AA4499", "#222222")
 # fmt: on
+DASHES = ("-", (0, (4, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (1.5, 1.5)))  # dotted is the reference
 MARKERS = ("o", "^")  # labels 11 to 20 have the same colours again, as triangles
 MAX_CLASSES = len(POINT_COLOURS) * len(MARKERS)
 METHODS = ("auto", "pca", "tsne")
 TSNE_LIMIT = 5000  # points; t-SNE takes about half a minute there
+MAX_PANELS = 100
 CURVE_KEYS = ("samples", "train_bound", "test_bound", "test_bound_se")
 
 
@@ -119,6 +124,70 @@ def plot_learning_curves(
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.legend(loc="lower right", framealpha=0.8, edgecolor="none")
     return figure
+
+
+@_styled
+def plot_comparison(
+    curves: Mapping[str, Mapping[str, Sequence[Any]]],
+    *,
+    reference_bound: float | None = None,
+    ylabel: str = "test bound (nats per datum)",
+    title: str | None = None,
+    ylim: tuple[float, float] | None = None,
+) -> Figure:
+    """Draw test bounds of several methods: the mean over seeds, in a band from the least to the greatest.
+
+    A method has a colour, a setting a dash pattern. The y axis is that of `plot_learning_curves`.
+
+    Args:
+        curves: Method to setting ("" if there is one) to its seeds' curves, each as in `plot_learning_curves`;
+            seeds are averaged where all were evaluated. Those without a test bound are left out.
+        reference_bound: A dotted line across.
+        ylabel: Name and unit of the values.
+        title: Title, if any.
+        ylim: Lower and upper end of the y axis.
+
+    Returns:
+        A figure with one axes, and the legend beside it.
+
+    Raises:
+        ValueError: If a curve lacks samples or any bound, lengths differ, or nothing finite is left to draw.
+
+    Source: Kingma & Welling, arXiv:1312.6114, Fig. 2.
+
+    >>> seeds = [[{"samples": 100, "test_bound": -3.0}], [{"samples": 100, "test_bound": -1.0}]]
+    >>> figure = plot_comparison({"AEVB": {"": seeds}})
+    >>> figure.axes[0].lines[0].get_xydata().tolist()
+    [[100.0, -2.0]]
+    """
+    figure = Figure(figsize=(6.0, 3.2), layout="constrained")
+    axes = figure.add_subplot(xlabel="training samples", ylabel=ylabel, xscale="log", title=title or "")
+    for colour, (method, settings) in zip(itertools.cycle(LINE_COLOURS), curves.items(), strict=False):
+        for dashes, (setting, seeds) in zip(itertools.cycle(DASHES), settings.items(), strict=False):
+            label = ", ".join(filter(None, (method, setting)))
+            x, bounds = _over_seeds(label, seeds)
+            if x.size:
+                marker = "o" if x.size == 1 else None
+                axes.plot(x, bounds.mean(0), color=colour, lw=1.6, ls=dashes, marker=marker, ms=4, label=label)
+                axes.fill_between(x, bounds.min(0), bounds.max(0), color=colour, alpha=0.15, linewidth=0)
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.set_ylim(_robust_limits(axes.lines) if ylim is None else ylim)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    if reference_bound is not None:
+        axes.axhline(reference_bound, color="0.45", lw=1.3, ls=(0, (1, 1.2)), label="reference bound", zorder=1.9)
+    figure.legend(loc="outside right upper", frameon=False, handlelength=2.6)
+    return figure
+
+
+def _over_seeds(label: str, seeds: Sequence[Any]) -> tuple[Floats, Floats]:
+    """Samples (n,) at which every seed was evaluated, and the test bounds there (seeds, n)."""
+    columns = [_columns(label, curve) for curve in seeds]
+    found = [_aligned(label, c["samples"], c["test_bound"]) for c in columns if "test_bound" in c]
+    found = [table for table in found if table.size]
+    if not found:
+        return np.empty(0), np.empty((0, 0))
+    common = functools.reduce(np.intersect1d, [x for x, _ in found])
+    return common, np.stack([y[np.isin(x, common)] for x, y in found])
 
 
 def _draw_curve(axes: Axes, label: str, columns: Mapping[str, Any], colour: str) -> None:
@@ -567,3 +636,89 @@ def _legend_handles(texts: dict[Any, str]) -> list[Line2D]:
         Line2D([], [], linestyle="", marker=marker, color=colour, markeredgewidth=0, markersize=5, label=text)
         for (marker, colour), text in zip(looks, texts.values(), strict=False)
     ]
+
+
+@_styled
+def plot_rank_histograms(
+    ranks: Mapping[str, npt.ArrayLike],
+    *,
+    num_draws: int,
+    bins: int = 20,
+    columns: int = 5,
+    title: str | None = None,
+) -> Figure:
+    """Draw the ranks of simulation-based calibration, a histogram for each latent dimension.
+
+    Bars are counts; the line is what a calibrated guide gives on average, and 99 % of its bars lie in the grey band
+    (binomial). Bars that rise in the middle mean a guide too wide, at both ends one too narrow, at the right one
+    that is too low.
+
+    Args:
+        ranks: Site to whole numbers (n, *event), n >= 1, from 0 to `num_draws`: a `Calibration`'s `ranks`.
+        num_draws: Draws that each was ranked among, >= 1.
+        bins: Bars, a divisor of `num_draws` + 1.
+        columns: Panels in a row, >= 1.
+        title: Title, if any.
+
+    Returns:
+        A figure with one axes per dimension, in the order given, on common axes.
+
+    Raises:
+        ValueError: If ranks are not such numbers, `bins` does not divide, or there are more than 100 dimensions.
+
+    Source: Talts et al., arXiv:1804.06788, Fig. 1, for the guide of Kingma & Welling, arXiv:1312.6114.
+
+    >>> figure = plot_rank_histograms({"z": np.arange(200).reshape(100, 2) // 2}, num_draws=99)
+    >>> [axes.get_title() for axes in figure.axes]
+    ['z[0]', 'z[1]']
+    """
+    for name, value in (("num_draws", num_draws), ("bins", bins), ("columns", columns)):
+        _require_positive(name, value)
+    if (num_draws + 1) % bins:
+        raise ValueError(f"bins: expected a divisor of num_draws + 1 = {num_draws + 1}, came {bins}")
+    panels = _rank_panels(ranks, num_draws)
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(max(2.4, 1.4 * columns + 0.5), 1.15 * rows + 0.7), layout="constrained")
+    if title:
+        figure.suptitle(title)
+    first: Axes | None = None
+    for i, (name, values) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, columns, i + 1, title=name, sharex=first, sharey=first)
+        first = axes if first is None else first
+        axes.tick_params(labelbottom=i + columns >= len(panels), labelleft=i % columns == 0)
+        _draw_ranks(axes, values, num_draws, bins)
+    figure.supxlabel(f"rank among {num_draws} draws", fontsize="medium")
+    figure.supylabel("simulations", fontsize="medium")
+    return figure
+
+
+def _draw_ranks(axes: Axes, ranks: Floats, num_draws: int, bins: int) -> None:
+    edges = np.linspace(-0.5, num_draws + 0.5, bins + 1)
+    low, high = binom.interval(0.99, len(ranks), 1 / bins)
+    axes.axhspan(low, high, color="0.9", zorder=0)
+    axes.hist(ranks, bins=edges.tolist(), color=LINE_COLOURS[0], alpha=0.8)
+    axes.axhline(len(ranks) / bins, color="0.3", lw=0.8)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.grid(visible=False)
+
+
+def _rank_panels(ranks: Any, num_draws: int) -> dict[str, Floats]:
+    """Ranks (n,) of each dimension by its name."""
+    if not isinstance(ranks, Mapping) or not ranks:
+        raise ValueError(f"ranks: expected a mapping from sites to ranks, came {type(ranks)}, maybe empty")
+    panels = {}
+    for site, values in ranks.items():
+        array = np.asarray(values)
+        if array.ndim == 0 or array.size == 0 or array.dtype.kind not in "iuf":
+            raise ValueError(f"{site}: expected ranks of shape (n, ...), none empty, came {array.dtype} {array.shape}")
+        if (array % 1 != 0).any() or array.min() < 0 or array.max() > num_draws:
+            raise ValueError(
+                f"{site}: expected whole numbers from 0 to num_draws = {num_draws}, "
+                f"came values from {array.min():.4g} to {array.max():.4g}"
+            )
+        for index in np.ndindex(array.shape[1:]):
+            panels[site + (f"[{', '.join(map(str, index))}]" if index else "")] = array[:, *index].astype(float)
+    if len(panels) > MAX_PANELS:
+        raise ValueError(f"ranks: expected at most {MAX_PANELS} dimensions, came {len(panels)}: choose some of them")
+    return panels

@@ -38,6 +38,11 @@ class StoredRun:
     config: dict[str, Any]
     history: list[dict[str, Any]]
 
+    @property
+    def has_trained_guide(self) -> bool:
+        """Whether the objective trained the guide; Monte Carlo EM leaves it as it was."""
+        return bool(self.config.get("objective", {}).get("type") != "MCEM")
+
     def dataset(self, root: str | os.PathLike[str] | None = None) -> Dataset:
         """The data set that the run was trained on.
 

@@ -1,5 +1,7 @@
 """Batches cut by index: every row once, in an order that depends on seed and epoch alone."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -21,8 +23,15 @@ def rows_of(batches):
     return found
 
 
-def flat(batches):
-    return [row for batch in rows_of(batches) for row in batch]
+def shuffled_rows(data, *args, **kwargs):
+    batches = list(data.shuffled(*args, **kwargs))
+    rows = rows_of(columns for _, columns in batches)
+    assert rows == [index.tolist() for index, _ in batches]  # each comes with its index
+    return rows
+
+
+def shuffled_order(*args, **kwargs):
+    return list(itertools.chain(*shuffled_rows(*args, **kwargs)))
 
 
 # Order ----------------------------------------------------------------------------------------------------------------
@@ -37,27 +46,27 @@ def test_in_order_covers_each_row_once(batch_size):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 10, 99])
 def test_shuffled_covers_each_row_once(batch_size):
-    batches = rows_of(numbered().shuffled(batch_size, seed=0, epoch=0))
+    batches = shuffled_rows(numbered(), batch_size, seed=0, epoch=0)
     assert sorted(row for batch in batches for row in batch) == list(range(10))
     assert all(len(batch) == min(batch_size, 10) for batch in batches[:-1])
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
     data = numbered(50)
-    first = flat(data.shuffled(7, seed=3, epoch=2))
+    first = shuffled_order(data, 7, seed=3, epoch=2)
     torch.manual_seed(99)
     torch.randn(5)
-    assert flat(data.shuffled(7, seed=3, epoch=2)) == first
-    assert flat(data.shuffled(4, seed=3, epoch=2)) == first  # nor on the batch size
-    others = [flat(data.shuffled(7, seed=s, epoch=e)) for s, e in ((3, 1), (4, 2), (2, 3))]
+    assert shuffled_order(data, 7, seed=3, epoch=2) == first
+    assert shuffled_order(data, 4, seed=3, epoch=2) == first  # nor on the batch size
+    others = [shuffled_order(data, 7, seed=s, epoch=e) for s, e in ((3, 1), (4, 2), (2, 3))]
     assert all(other != first for other in others)
     assert first != list(range(50))
 
 
 @pytest.mark.parametrize("skip", [0, 1, 3, 4, 9])
 def test_skip_leaves_out_batches_at_the_start(skip):
-    whole = rows_of(numbered().shuffled(3, seed=0, epoch=5))
-    assert rows_of(numbered().shuffled(3, seed=0, epoch=5, skip=skip)) == whole[skip:]
+    whole = shuffled_rows(numbered(), 3, seed=0, epoch=5)
+    assert shuffled_rows(numbered(), 3, seed=0, epoch=5, skip=skip) == whole[skip:]
 
 
 def test_shuffling_is_uniform():
@@ -65,7 +74,8 @@ def test_shuffling_is_uniform():
     data = TensorData({"x": torch.arange(10.0)}, PLAIN)
     counts = torch.zeros(10)
     for epoch in range(2000):
-        counts[next(data.shuffled(10, seed=1, epoch=epoch))["x"].tolist().index(0.0)] += 1
+        _, columns = next(data.shuffled(10, seed=1, epoch=epoch))
+        counts[columns["x"].tolist().index(0.0)] += 1
     assert ((counts - 200) ** 2 / 200).sum() < 33.7  # its 0.9999 quantile
 
 

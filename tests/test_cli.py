@@ -52,7 +52,7 @@ def test_help_is_quick_and_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "plot", "datasets"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "sample", "plot", "datasets"])
 def test_every_command_has_help_with_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -273,3 +273,50 @@ def test_loss_that_is_not_finite_exits_with_2(monkeypatch, tmp_path):
     assert "the loss became" in said
     assert "site" in said
     assert "kept in r" in said
+
+
+QUICK = ["--hidden-dims", "8", "--latent-dim", "2", "--num-samples", "300", "--num-particles", "10", "--num-data", "20"]
+
+
+def test_compare_prints_the_table_and_goes_on(tmp_path):
+    objectives = ["--objective", "sgvb", "--objective", "iwae:num_particles=3", "--objective", "wake-sleep"]
+    rates = ["--learning-rate", "0.02", "--learning-rate", "0.1"]
+    result = run("compare", *QUICK, *objectives, *rates, "--seeds", 1, "--run-dir", "c")
+    assert result.exit_code == 0, result.output
+    stored = json.loads((tmp_path / "c/results.json").read_text())
+    assert [(row["objective"], row["setting"]) for row in stored["rows"]] == [
+        (name, rate) for name in ("sgvb", "iwae:num_particles=3", "wake-sleep") for rate in ("lr=0.02", "lr=0.1")
+    ]
+    for row in stored["rows"]:
+        assert f"{row['log_marginal']:.2f}" in result.output
+    assert (tmp_path / "c/table.md").read_text() in result.output
+    assert (tmp_path / "c/curves.png").exists()
+    config = json.loads((tmp_path / "c/iwae-num_particles=3_lr=0.1_seed0/config.json").read_text())
+    assert config["objective"]["config"] == {"num_particles": 3}
+    assert config["fit"]["learning_rate"] == 0.1
+    again = run("compare", *QUICK, *objectives, *rates, "--seeds", 1, "--run-dir", "c")
+    assert again.output == result.output
+    other = refused("compare", *QUICK, *objectives, *rates, "--seeds", 1, "--run-dir", "c", "--batch-size", 50)
+    assert "a run with batch_size=100, got 50" in other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--objective", "sgbv"], "did you mean 'sgvb'"),
+        (["--objective", "iwae:num_particle=3"], "--objective iwae: expected key=value,... of num_particles; got"),
+        (["--objective", "iwae:3"], "--objective iwae: expected key=value"),
+        (["--objective", "iwae:num_particles=few"], "num_particles: expected a whole number"),
+        (["--objective", "wake-sleep:num_particles=3"], "--objective wake-sleep: expected no options"),
+        (["--objective", "mcem"], "'mcem' trains no guide"),
+        (["--method", "aiss"], "did you mean 'ais'"),
+        (["--method", "ais", "--initial", "posterior"], "initial: expected one of guide, prior"),
+        (["--num-steps", "3"], "--num-steps is not for --method importance"),
+        (["--epochs", "3"], "num_samples or epochs"),
+        (["--learning-rate", "-1"], "learning_rate: expected a positive number"),
+        (["--dataset", "mnits"], "did you mean 'mnist'"),
+    ],
+)
+def test_bad_options_of_compare(tmp_path, arguments, message):
+    assert message in refused("compare", *QUICK, "--run-dir", "c", *arguments)
+    assert not list(tmp_path.glob("c/*/config.json"))

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from scipy.stats import norm
+from scipy.stats import binom, norm
 
 from pyro_vae import plots
 from pyro_vae.plots import (
     latent_grid,
+    plot_comparison,
     plot_latents,
     plot_learning_curves,
     plot_manifold,
+    plot_rank_histograms,
     plot_reconstructions,
     plot_samples,
     plot_traversals,
@@ -172,6 +174,56 @@ def test_bad_curves_are_refused(curves, message):
 def test_bad_references_are_refused(history, pair):
     with pytest.raises(ValueError, match="paper"):
         plot_learning_curves({"a": history}, reference={"paper": pair})
+
+
+# Comparisons.
+
+
+def seeds_of(history, *shifts):
+    return [[{**row, "test_bound": row["test_bound"] + shift} for row in history] for shift in shifts]
+
+
+def test_a_comparison_draws_the_mean_over_seeds_in_a_band_of_all(history):
+    figure = plot_comparison({"AEVB": {"": seeds_of(history, -3, 0, 6)}}, reference_bound=-110.0)
+    mean, reference = figure.axes[0].lines
+    np.testing.assert_array_equal(mean.get_xdata(), column(history, "samples"))
+    np.testing.assert_allclose(mean.get_ydata(), column(history, "test_bound") + 1)
+    assert set(reference.get_ydata()) == {-110.0}
+    band = figure.axes[0].collections[0].get_paths()[0].vertices
+    for row in history:
+        here = band[np.isclose(band[:, 0], row["samples"]), 1]
+        assert here.min() == pytest.approx(row["test_bound"] - 3)
+        assert here.max() == pytest.approx(row["test_bound"] + 6)
+    assert texts(figure.legends[0].get_texts()) == ["AEVB", "reference bound"]
+
+
+def test_methods_have_colours_and_settings_have_dashes(history):
+    curves = {name: {"0.02": [history], "0.1": [history]} for name in ("AEVB", "wake-sleep")}
+    lines = plot_comparison(curves).axes[0].lines
+    labels = [line.get_label() for line in lines]
+    assert labels == ["AEVB, 0.02", "AEVB, 0.1", "wake-sleep, 0.02", "wake-sleep, 0.1"]
+    a, b, c, d = lines
+    assert a.get_color() == b.get_color() != c.get_color() == d.get_color()
+    assert a.get_linestyle() == c.get_linestyle() != b.get_linestyle() == d.get_linestyle()
+
+
+def test_seeds_are_averaged_where_all_were_evaluated(history):
+    figure = plot_comparison({"AEVB": {"": [history, history[:5]]}})
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_xdata(), column(history[:5], "samples"))
+
+
+def test_what_has_no_test_bound_is_left_out(history):
+    none = [{"samples": 1000, "test_bound": None}]
+    lines = plot_comparison({"MCEM": {"": [none]}, "failed": {"": []}, "AEVB": {"": [history]}}).axes[0].lines
+    assert [line.get_label() for line in lines] == ["AEVB"]
+    with pytest.raises(ValueError, match="at least one finite bound"):
+        plot_comparison({"MCEM": {"": [none]}})
+
+
+def test_the_axis_of_a_comparison_is_given_or_robust(history):
+    early = [{"samples": 5000, "test_bound": -1e6}, *history]
+    assert plot_comparison({"a": {"": [early]}}).axes[0].get_ylim()[0] > -1000
+    assert plot_comparison({"a": {"": [early]}}, ylim=(-5, 0), title="t").axes[0].get_ylim() == (-5, 0)
 
 
 # Images.
@@ -436,6 +488,51 @@ def test_bad_latents_are_refused(arguments, options, message):
         plot_latents(*arguments, **options)
 
 
+# Ranks of simulation-based calibration.
+
+
+def test_rank_histograms_count_each_dimension(rng):
+    ranks = {"z": rng.integers(0, 40, (400, 2, 3)), "b": rng.integers(0, 40, 400)}
+    figure = plot_rank_histograms(ranks, num_draws=39, bins=8, columns=3)
+    titles = ["z[0, 0]", "z[0, 1]", "z[0, 2]", "z[1, 0]", "z[1, 1]", "z[1, 2]", "b"]
+    assert [axes.get_title() for axes in figure.axes] == titles
+    for axes, values in zip(figure.axes, [*ranks["z"].reshape(400, 6).T, ranks["b"]], strict=True):
+        bars = [patch for patch in axes.patches if patch.get_width() == pytest.approx(5)]
+        np.testing.assert_array_equal([bar.get_height() for bar in bars], np.bincount(values // 5, minlength=8))
+        assert axes.get_xlim() == (-0.5, 39.5)
+
+
+def test_rank_histograms_show_what_is_expected_of_a_calibrated_guide(rng):
+    (axes,) = plot_rank_histograms({"z": rng.integers(0, 40, 400)}, num_draws=39, bins=8).axes
+    (mean,) = axes.lines
+    assert set(mean.get_ydata()) == {50.0}
+    band = axes.patches[0]
+    assert (band.get_y(), band.get_y() + band.get_height()) == binom.interval(0.99, 400, 1 / 8)
+    assert axes.get_title() == "z"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "message"),
+    [
+        ([1, 2], {}, "expected a mapping"),
+        ({}, {}, "maybe empty"),
+        ({"z": 3}, {}, r"z: expected ranks of shape \(n, \.\.\.\)"),
+        ({"z": []}, {}, r"\(0,\)"),
+        ({"z": ["a"]}, {}, "came <U1"),
+        ({"z": [0.5]}, {}, "expected whole numbers from 0 to num_draws = 19"),
+        ({"z": [np.nan]}, {}, "expected whole numbers"),
+        ({"z": [-1, 3]}, {}, "from -1 to 3"),
+        ({"z": [20]}, {}, "from 20 to 20"),
+        ({"z": [1]}, {"bins": 3}, "divisor of num_draws \\+ 1 = 20, came 3"),
+        ({"z": [1]}, {"columns": 0}, "columns"),
+        ({"z": np.zeros((2, 101), int)}, {}, "at most 100 dimensions, came 101"),
+    ],
+)
+def test_bad_ranks_are_refused(ranks, options, message):
+    with pytest.raises(ValueError, match=message):
+        plot_rank_histograms(ranks, num_draws=19, **options)
+
+
 # All of them.
 
 
@@ -446,6 +543,7 @@ def each_figure():
     z = rng.normal(size=(40, 2))
     return {
         "curves": (plot_learning_curves, ({"a": curve},), {"title": "t"}),
+        "comparison": (plot_comparison, ({"a": {"0.1": [curve, curve]}},), {"title": "t", "reference_bound": -2.0}),
         "manifold": (plot_manifold, (images[:, 0],), {"title": "t"}),
         "samples": (plot_samples, (images[:, 0] * 1.1,), {}),
         "reconstructions": (plot_reconstructions, (images[:, 0], images[:, 1]), {}),
@@ -455,6 +553,7 @@ def each_figure():
         "strips": (plot_latents, (z[:, :1], labels), {}),
         "colour bar": (plot_latents, (z, z[:, 0]), {}),
         "tsne": (plot_latents, (rng.normal(size=(40, 3)), labels), {}),
+        "ranks": (plot_rank_histograms, ({"z": rng.integers(0, 20, (50, 7))},), {"num_draws": 19, "title": "t"}),
     }
 
 

@@ -503,7 +503,7 @@ def test_a_model_that_cannot_be_called_is_refused():
     with pytest.raises(ValueError, match="model"):
         pv.Program(3, normal_guide)
     with pytest.raises(ValueError, match="guide"):
-        pv.Program(normal_model, None)
+        pv.Program(normal_model, 3)
 
 
 def test_evaluation_mode_is_put_back():

@@ -226,8 +226,8 @@ class TensorData:
         for start in range(0, len(self), batch_size):
             yield self.rows(slice(start, start + batch_size))
 
-    def shuffled(self, batch_size: int, seed: int, epoch: int, skip: int = 0) -> Iterator[Columns]:
-        """Every row once, in an order that depends on seed and epoch alone; the last batch may be short.
+    def shuffled(self, batch_size: int, seed: int, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Columns]]:
+        """Every row once, with its index, in an order that depends on seed and epoch alone; the last may be short.
 
         Args:
             batch_size: M.
@@ -238,7 +238,7 @@ class TensorData:
         order = np.random.default_rng([seed, epoch]).permutation(len(self))
         index = torch.from_numpy(order).to(self.reader.device)
         for batch in itertools.islice(index.split(batch_size), skip, None):
-            yield self.rows(batch)
+            yield batch, self.rows(batch)
 
 
 @dataclass(frozen=True, eq=False)

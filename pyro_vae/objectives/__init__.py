@@ -2,6 +2,7 @@
 
 from pyro_vae.objectives.base import Objective
 from pyro_vae.objectives.importance import IWAE, VIMCO, DReG, Renyi
+from pyro_vae.objectives.mcem import MCEM
 from pyro_vae.objectives.sgvb import SGVB
 from pyro_vae.objectives.wake_sleep import ReweightedWakeSleep, WakeSleep
 
@@ -13,10 +14,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "vimco": VIMCO,
     "wake-sleep": WakeSleep,
     "reweighted-wake-sleep": ReweightedWakeSleep,
+    "mcem": MCEM,
 }
 
 __all__ = [
     "IWAE",
+    "MCEM",
     "OBJECTIVES",
     "SGVB",
     "VIMCO",

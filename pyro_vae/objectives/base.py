@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,25 @@ class Objective(ELBO):  # type: ignore[misc]
     @abstractmethod
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the bound of a minibatch, scaled to its plate: a scalar in nats with the estimator's gradient."""
+
+    has_bound = True
+    """Whether there is a bound to report; Monte Carlo EM has none."""
+
+    def updates(
+        self, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], index: Tensor | None
+    ) -> Iterator[None]:
+        """One turn for each update of the parameters that a minibatch gets, in :func:`pyro_vae.fit`: here, one.
+
+        Args:
+            model: Pyro function.
+            args: the minibatch.
+            kwargs: the minibatch by name.
+            index: rows of the data set that the minibatch holds, (M,); None where that is not known.
+        """
+        yield
+
+    def reset(self) -> None:
+        """Forget what earlier minibatches left behind, as a run of :func:`pyro_vae.fit` begins: here, nothing."""
 
     @abstractmethod
     def bound(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:

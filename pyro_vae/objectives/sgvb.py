@@ -79,20 +79,29 @@ class SGVB(Objective):
         Returns:
             Scalar, with gradients.
         """
-        weights = self._log_weights(model, guide, args, kwargs)
+        weights = self._log_weights(model, guide, args, kwargs, reparameterized=True)
         per_datum, shared = self._bounds(weights)
         return -(weights.scale * per_datum.sum() + shared)
 
     def bound(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The lower bound of each datum, shape (M,), in nats; terms of global latents are shared out evenly over N."""
-        weights = self._log_weights(model, guide, args, kwargs)
+        """The lower bound of each datum, shape (M,), in nats; terms of global latents are shared out evenly over N.
+
+        Its value needs no reparameterised draw, so that it can be evaluated for discrete latents too.
+        """
+        weights = self._log_weights(model, guide, args, kwargs, reparameterized=False)
         per_datum, shared = self._bounds(weights)
         return per_datum + shared / (weights.scale * len(per_datum))
 
-    def _log_weights(self, model: Any, guide: Any, args: Any, kwargs: Any) -> LogWeights:
+    def _log_weights(self, model: Any, guide: Any, args: Any, kwargs: Any, reparameterized: bool) -> LogWeights:
         analytic = self.estimator == "B"
         weights = log_weights(
-            model, guide, args, kwargs, num_particles=self.num_particles, analytic_kl=analytic, reparameterized=True
+            model,
+            guide,
+            args,
+            kwargs,
+            num_particles=self.num_particles,
+            analytic_kl=analytic,
+            reparameterized=reparameterized,
         )
         if analytic and (sampled := weights.log_guide.keys() - self._told):
             self._told |= sampled

@@ -24,11 +24,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_vae.objectives.base import value_with_gradient_of
 from pyro_vae.objectives.importance import IWAE, fixed_draws
-from pyro_vae.programs import dream, log_weights
+from pyro_vae.programs import dream, log_guide
 
 __all__ = ["ReweightedWakeSleep", "WakeSleep"]
 
@@ -100,4 +101,5 @@ class WakeSleep(ReweightedWakeSleep):
 def _sleep(model: Any, guide: Any, args: Any, kwargs: Any) -> Tensor:
     """Log density of a dream's latents under the guide at the dream's data, summed over the M data."""
     dreamt = dream(model, args, kwargs)
-    return log_weights(model, guide, dreamt.args, dreamt.kwargs, latents=dreamt.latents).log_q.sum()
+    densities = log_guide(model, guide, dreamt.args, dreamt.kwargs, dreamt.latents)
+    return torch.stack([density.sum() for density in densities.values()]).sum()

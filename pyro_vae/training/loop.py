@@ -12,7 +12,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from pyro_vae.data import BatchIterable, Columns, Dataset, TensorData
 from pyro_vae.evaluation import BoundEstimate, evaluate_bound
 from pyro_vae.inputs import Inputs, move_to, open_inputs
 from pyro_vae.objectives import SGVB, Objective
-from pyro_vae.programs import HasModelAndGuide, Program, as_program
+from pyro_vae.programs import HasModelAndGuide, Program, as_program, model_parameters
 from pyro_vae.training import random_state
 from pyro_vae.training.checkpoint import Checkpoint, RunDirectory, copy_into, model_tensors
 from pyro_vae.training.interrupts import Signals, TrainingInterrupted
@@ -50,7 +51,8 @@ class Run:
         program: what was trained, in place.
         history: a row per evaluation: "samples" (training samples seen), "seconds" (of training alone),
             "train_bound", "train_bound_se", "test_bound", "test_bound_se" (nats per datum; None without such data), and
-            "valid_bound", "valid_bound_se" if validation data were asked for.
+            "valid_bound", "valid_bound_se" if validation data were asked for. Monte Carlo EM has no bound: these are
+            None, and "train_log_joint" is the mean log p(x, z) over the samples since the row before.
         samples: training samples seen.
         stopped_early: whether ``patience`` ended the run. Wherever ``patience`` was set, the parameters are those of
             the best validation bound, and not of the last row.
@@ -81,6 +83,8 @@ class _Position:
     best_bound: float | None = None
     evaluations_since_best: int = 0
     stopped_early: bool = False
+    log_joint: float = 0.0  # mean over the samples since the last row, for objectives without a bound
+    since_row: int = 0
 
 
 def fit(
@@ -110,6 +114,8 @@ def fit(
     max_grad_norm: float | None = None,
     patience: int | None = None,
     tensorboard: bool = False,
+    trained: Literal["all", "guide"] = "all",
+    evaluate_with: Any = None,
 ) -> Run:
     """Train a program on data by stochastic gradients of a bound (arXiv:1312.6114, Algorithm 1).
 
@@ -145,6 +151,9 @@ def fit(
         max_grad_norm: clip the gradient of the mean loss, in nats per datum, to this Euclidean norm.
         patience: stop after so many evaluations without a better validation bound, and return to the best parameters.
         tensorboard: write TensorBoard events into ``run_dir`` (needs the extra ``pyro-vae[tensorboard]``).
+        trained: "all" parameters, or those of the "guide" alone: what the model's density depends on stays as it is.
+        evaluate_with: the objective whose bound is evaluated, for curves of different objectives that can be compared;
+            None: the one that is trained.
 
     Returns:
         The program, trained, and the history of its bounds.
@@ -178,6 +187,7 @@ def fit(
         kl_warmup=kl_warmup,
         max_grad_norm=max_grad_norm,
         patience=patience,
+        trained=trained,
     )
     directory = None if run_dir is None else RunDirectory(Path(run_dir))
     if directory is None and (resume or tensorboard):
@@ -186,7 +196,7 @@ def fit(
     if device is not None:
         move_to(bridged, device)
     with random_state.seeded(settings.seed):
-        trainer = _Trainer(bridged, SGVB() if objective is None else objective, optimizer, settings)
+        trainer = _Trainer(bridged, SGVB() if objective is None else objective, evaluate_with, optimizer, settings)
         trainer.open(data, test, valid)
     with random_state.seeded(settings.seed), contextlib.ExitStack() as stack:
         if kl_warmup is not None:  # the objective may serve again
@@ -197,6 +207,7 @@ def fit(
             if tensorboard:
                 trainer.board = stack.enter_context(_tensorboard(directory, trainer.position.samples))
         stack.enter_context(pyro.validation_enabled(False))
+        stack.enter_context(_held_fixed(trainer.parameters, trainer.trained))
         trainer.train(progress)
     position = trainer.position
     return Run(
@@ -208,13 +219,31 @@ def fit(
     )
 
 
-def _require_objective(objective: Any) -> None:
+@contextlib.contextmanager
+def _held_fixed(parameters: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> Iterator[None]:
+    """No gradients for the parameters that are not trained."""
+    fixed = [tensor for name, tensor in parameters.items() if name not in trained]
+    for tensor in fixed:
+        tensor.requires_grad_(False)
+    try:
+        with warnings.catch_warnings():
+            if fixed:  # as is meant here
+                warnings.filterwarnings("ignore", message=".* was not registered in the param store because requires_")
+            yield
+    finally:
+        for tensor in fixed:
+            tensor.requires_grad_(True)
+
+
+def _require_objective(objective: Any, argument: str = "objective", *, bound: bool = False) -> None:
     name, takes_steps = type(objective).__name__, hasattr(objective, "loss_and_grads")
     if isinstance(objective, type) or not (takes_steps or hasattr(objective, "differentiable_loss")):
-        raise ValueError(f"objective: expected one such as pyro_vae.SGVB() or an ELBO of Pyro's, got {objective!r}")
+        raise ValueError(f"{argument}: expected one such as pyro_vae.SGVB() or an ELBO of Pyro's, got {objective!r}")
+    if bound and not getattr(objective, "has_bound", True):
+        raise ValueError(f"{argument}: expected an objective with a bound, such as pyro_vae.SGVB(), got {objective!r}")
     if not isinstance(objective, Objective) and name.startswith(("Jit", "ReweightedWakeSleep")):
         raise ValueError(
-            f"objective: Pyro's {name} has a protocol of its own that fit does not speak; Trace_ELBO, "
+            f"{argument}: Pyro's {name} has a protocol of its own that fit does not speak; Trace_ELBO, "
             "TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, RenyiELBO and pyro_vae.ReweightedWakeSleep work"
         )
 
@@ -222,7 +251,9 @@ def _require_objective(objective: Any) -> None:
 class _Trainer:
     """A run in progress: what is trained, by what, on what, and how far it is."""
 
-    def __init__(self, program: Program, objective: Any, optimizer: OptimizerLike, settings: Settings) -> None:
+    def __init__(
+        self, program: Program, objective: Any, evaluate_with: Any, optimizer: OptimizerLike, settings: Settings
+    ) -> None:
         self.program, self.objective, self.settings = program, objective, settings
         self._make_optimizer = optimizer
         self.position = _Position()
@@ -230,6 +261,21 @@ class _Trainer:
         self.board: Any = None
         self.best: dict[str, Tensor] = {}
         _require_objective(objective)
+        self.has_bound = getattr(objective, "has_bound", True)
+        self.evaluated = evaluate_with if evaluate_with is not None else objective if self.has_bound else None
+        if self.evaluated is not None:
+            _require_objective(self.evaluated, "evaluate_with", bound=True)
+        if self.evaluated is not None and not program.has_guide:
+            raise ValueError(
+                f"expected a program with a guide, Program(model, guide), for {self.evaluated!r}; got {program!r}, "
+                "which only MCEM() trains"
+            )
+        if self.evaluated is None and settings.patience is not None:
+            raise ValueError(f"patience: {type(objective).__name__} has no bound to stop early on; see evaluate_with")
+        if settings.trained == "guide" and not self.has_bound:
+            raise ValueError(
+                f'trained="guide": {type(objective).__name__} trains no guide; expected one such as SGVB()'
+            )
         if settings.kl_warmup is not None and not isinstance(getattr(objective, "kl_weight", None), Tensor):
             raise ValueError(f"kl_warmup: expected an objective with a kl_weight, got {objective!r}")
 
@@ -238,6 +284,8 @@ class _Trainer:
     def open(self, data: Any, test: Any, valid: Any) -> None:
         """Check the data against the program, and make the optimiser and the step."""
         s = self.settings
+        if isinstance(self.objective, Objective):
+            self.objective.reset()  # it may have served before
         self.train_inputs = self._inputs(data, "train")
         self.test_inputs = self._held_out(data, test, "test")
         self.valid_inputs = self._held_out(data, valid, "valid") if s.patience or valid is not None else None
@@ -247,18 +295,25 @@ class _Trainer:
         self.parameters = self.program.named_parameters()
         if not self.parameters:
             raise ValueError("the program has nothing to train: no pyro.param, pyro.module or module parameters")
-        self.optimizer: Optimizer = make_optimizer(
-            self._make_optimizer, list(self.parameters.values()), s.learning_rate
-        )
+        self.trained = self._guide_parameters() if s.trained == "guide" else self.parameters
+        self.optimizer: Optimizer = make_optimizer(self._make_optimizer, list(self.trained.values()), s.learning_rate)
         precision = 0.0 if s.prior_scale is None else 1 / (s.prior_scale**2 * self._num_data())
         self.step: Step = eager_step(
             self.program,
             self.objective,
             self.optimizer,
-            self.parameters,
+            self.trained,
             prior_precision=precision,
             max_grad_norm=s.max_grad_norm,
         )
+
+    def _guide_parameters(self) -> dict[str, Tensor]:
+        args, kwargs = self.train_inputs.first()
+        theta = model_parameters(self.program, self.parameters, args, kwargs)
+        phi = {name: tensor for name, tensor in self.parameters.items() if name not in theta}
+        if not phi:
+            raise ValueError('trained="guide": expected parameters that are the guide\'s alone, got none')
+        return phi
 
     def _inputs(self, data: Any, split: str) -> Inputs:
         s = self.settings
@@ -299,6 +354,7 @@ class _Trainer:
             "pyro_vae_version": pyro_vae.__version__,
             "program": describe(program),
             "objective": describe(self.objective),
+            "evaluate_with": None if self.evaluated is None else describe(self.evaluated),
             "parameters": {name: list(tensor.shape) for name, tensor in self.parameters.items()},
             "data": describe_data(data, self.train_inputs),
             "fit": vars(self.settings),
@@ -313,8 +369,8 @@ class _Trainer:
         self._saved_at = time.monotonic()
         with progress_bar(progress, self._budget(), self.position.samples) as self._report, Signals() as signals:
             while not self._finished():
-                for columns in self._rest_of_epoch():
-                    self._take_step(columns)
+                for index, columns in self._rest_of_epoch():
+                    self._take_step(index, columns)
                     self._evaluate_and_save_if_due()
                     if signals.received is not None:
                         self._interrupt(signals.received)
@@ -333,14 +389,14 @@ class _Trainer:
             if signals.received is not None:
                 self._interrupt(signals.received)
 
-    def _take_step(self, columns: Columns) -> None:
+    def _take_step(self, index: Tensor | None, columns: Columns) -> None:
         size = len(next(iter(columns.values())))
         position, started = self.position, time.perf_counter()
         if self.settings.kl_warmup is not None:
             self.objective.kl_weight.fill_(min(1.0, position.samples / self.settings.kl_warmup))
         args, kwargs = self.train_inputs.call(columns)
         try:
-            self.step(args, kwargs, self.train_inputs.check.data_of(size))
+            loss = self.step(args, kwargs, self.train_inputs.check.data_of(size), index)
         except NonFiniteLossError as error:
             raise NonFiniteLossError(
                 f"epoch {position.epoch}, batch {position.batch}, after {position.samples:,} samples: "
@@ -348,6 +404,9 @@ class _Trainer:
             ) from None
         position.samples += size
         position.batch += 1
+        if not self.has_bound:
+            position.log_joint = (position.log_joint * position.since_row - loss * size) / (position.since_row + size)
+            position.since_row += size
         position.seconds += time.perf_counter() - started
         self._newest = size
 
@@ -379,13 +438,13 @@ class _Trainer:
         spent = self.position.samples >= budget if budget is not None else self.position.epoch >= (epochs or 0)
         return spent or self.position.stopped_early
 
-    def _rest_of_epoch(self) -> Iterator[Columns]:
+    def _rest_of_epoch(self) -> Iterator[tuple[Tensor | None, Columns]]:
         data, position, s = self.train_inputs.data, self.position, self.settings
         if isinstance(data, TensorData):
             return data.shuffled(s.batch_size, s.seed, position.epoch, skip=position.batch)
         if not hasattr(self, "_replay"):
             self._replay = _replay(data, s.seed, position.epoch, position.batch)
-        return next(self._replay)
+        return ((None, columns) for columns in next(self._replay))
 
     def _finish(self) -> None:
         self._evaluate(on_rhythm=False)
@@ -405,6 +464,8 @@ class _Trainer:
         if history and history[-1]["samples"] == self.position.samples:
             return
         history.append(row := self._row())
+        if on_rhythm:
+            self.position.log_joint, self.position.since_row = 0.0, 0
         if on_rhythm and self.settings.patience is not None:
             self._note_best(row["valid_bound"])
         if self.directory is not None:
@@ -422,17 +483,19 @@ class _Trainer:
         train = self._bound(self.train_inputs) if isinstance(self.train_inputs.data, TensorData) else None
         test = self._bound(self.test_inputs)
         row: dict[str, Any] = {"samples": position.samples, "seconds": position.seconds}
+        if not self.has_bound:
+            row["train_log_joint"] = position.log_joint if position.since_row else None
         row |= _columns("train", train) | _columns("test", test)
         if self.valid_inputs is not None:
             row |= _columns("valid", self._bound(self.valid_inputs))
         return row
 
     def _bound(self, inputs: Inputs | None) -> BoundEstimate | None:
-        if inputs is None:
+        if inputs is None or self.evaluated is None:
             return None
         s = self.settings
         num_data = s.evaluation_size if isinstance(inputs.data, TensorData) else None
-        return evaluate_bound(self.program, inputs, self.objective, num_data=num_data, seed=s.seed)
+        return evaluate_bound(self.program, inputs, self.evaluated, num_data=num_data, seed=s.seed)
 
     def _note_best(self, bound: float) -> None:
         position, bound = self.position, -math.inf if math.isnan(bound) else bound
@@ -461,7 +524,7 @@ class _Trainer:
         parts = {
             "model": self._model_tensors(),
             "best": self.best,
-            "optimizer": state_tensors(self.optimizer, list(self.parameters)),
+            "optimizer": state_tensors(self.optimizer, list(self.trained)),
             "objective": self._objective_state(),
             "random": random_state.capture(),
         }
@@ -477,7 +540,7 @@ class _Trainer:
         self.position = _Position(**checkpoint.state["position"])
         copy_into(self._model_tensors(), checkpoint.part("model"))
         self.best = checkpoint.part("best")
-        load_state(self.optimizer, list(self.parameters), checkpoint.part("optimizer"))
+        load_state(self.optimizer, list(self.trained), checkpoint.part("optimizer"))
         if objective := checkpoint.part("objective"):
             self.objective.load_state_dict(objective)
         random_state.restore(checkpoint.part("random"))

@@ -20,6 +20,9 @@ from pyro_vae.training.checkpoint import CheckpointError
 __all__ = ["checksum", "describe", "describe_data", "describe_environment", "require_same_run"]
 
 
+_SINCE = {"trained": "all"}  # settings that older runs do not state
+
+
 def describe(thing: Any) -> dict[str, Any]:
     """Type and, where it has one, configuration of a program or an objective, as JSON can hold them."""
     config = getattr(thing, "config", None)
@@ -69,7 +72,7 @@ def require_same_run(stored: Mapping[str, Any], config: Mapping[str, Any], path:
     for section in ("objective", "data", "fit"):
         there, here = stored.get(section) or {}, config[section] or {}
         for name in sorted(there.keys() | here.keys()):
-            if name not in ("num_samples", "epochs") and there.get(name) != here.get(name):
+            if name not in ("num_samples", "epochs") and there.get(name, _SINCE.get(name)) != here.get(name):
                 if name == "checksum":
                     raise CheckpointError(
                         f"the training data are not those that {path} was trained on: checksums differ"
@@ -78,6 +81,11 @@ def require_same_run(stored: Mapping[str, Any], config: Mapping[str, Any], path:
                     f"{path} holds a run with {name}={there.get(name)!r}, got {here.get(name)!r}: a run "
                     "is resumed with its own settings, except for the budget"
                 )
+    if "evaluate_with" in stored and stored["evaluate_with"] != config.get("evaluate_with", stored["evaluate_with"]):
+        raise CheckpointError(
+            f"{path} holds a run evaluated with {stored['evaluate_with']}, got {config['evaluate_with']}: a history "
+            "holds the bounds of one objective"
+        )
     for name, value in config["environment"].items():
         if (before := stored.get("environment", {}).get(name)) != value:
             warnings.warn(

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from pyro_vae.arguments import whole_number
+from pyro_vae.arguments import one_of, whole_number
 
 __all__ = ["Settings"]
 
@@ -33,6 +33,7 @@ class Settings:
     kl_warmup: int | None
     max_grad_norm: float | None
     patience: int | None
+    trained: str = "all"
 
     def __post_init__(self) -> None:
         if (self.num_samples is None) == (self.epochs is None):
@@ -45,6 +46,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None or name not in optional:
                 object.__setattr__(self, name, whole_number(name, value))
+        one_of("trained", self.trained, ("all", "guide"))
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, 2**32 - 1))
         for name in ("learning_rate", "prior_scale", "max_grad_norm"):
             value = getattr(self, name)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyro_vae.objectives import Objective
 from pyro_vae.programs import Program, log_weights
 
 __all__ = ["NonFiniteLossError", "Step", "eager_step"]
 
-Step = Callable[[tuple[Any, ...], dict[str, Any], int], float]
-"""(args, kwargs, number of data the loss stands for) -> mean loss in nats per datum, after updating the parameters."""
+Step = Callable[[tuple[Any, ...], dict[str, Any], int, Tensor | None], float]
+"""(args, kwargs, number of data the loss stands for, the data's rows in the data set if they have any) -> mean loss in
+nats per datum before the last update of the parameters."""
 
 
 class NonFiniteLossError(ValueError):
@@ -47,7 +49,13 @@ def eager_step(
     """
     tensors = list(parameters.values())
 
-    def step(args: tuple[Any, ...], kwargs: dict[str, Any], num_data: int) -> float:
+    def step(args: tuple[Any, ...], kwargs: dict[str, Any], num_data: int, index: Tensor | None = None) -> float:
+        loss = math.nan
+        for _ in _updates(objective, program, args, kwargs, index):
+            loss = update(args, kwargs, num_data)
+        return loss
+
+    def update(args: tuple[Any, ...], kwargs: dict[str, Any], num_data: int) -> float:
         optimizer.zero_grad()
         loss = _backward(objective, program, args, kwargs, num_data)
         if not math.isfinite(loss):
@@ -61,6 +69,15 @@ def eager_step(
         return loss
 
     return step
+
+
+def _updates(
+    objective: Any, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], index: Tensor | None
+) -> Iterable[None]:
+    """As many turns as the objective takes with a minibatch; Pyro's take one."""
+    if not isinstance(objective, Objective):
+        return (None,)
+    return objective.updates(program.model, args, kwargs, index)
 
 
 def _backward(objective: Any, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], num_data: int) -> float:

@@ -1,16 +1,19 @@
 """log p(x) by importance sampling: exact where it must be, chunked without error, and honest about its own error."""
 
 import math
+import warnings
 from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.evaluation import importance
+from pyro_vae.evaluation.marginal import METHODS, make_method
 from pyro_vae.programs import log_weights
 from tests import oracles
 from tests.statistics import assert_mean_close
@@ -115,7 +118,8 @@ def test_a_given_matrix_of_weights_is_reduced_exactly(monkeypatch, batch_size, r
     matrix = 3 * torch.randn(K, N) + torch.linspace(-50, 50, N)
     given = [0] * N  # particles of each datum handed out so far
 
-    def handed_out(model, guide, args, kwargs, *, num_particles):
+    def handed_out(model, guide, args, kwargs, *, num_particles, latents):
+        assert latents is None
         index = args[0].flatten().long()
         start = given[index[0]]
         for i in index:
@@ -301,3 +305,218 @@ def test_grey_levels_are_drawn_once_whatever_the_particles_and_the_batches():
     assert bounds[0] == pytest.approx(bounds[1], abs=1e-12)
     assert bounds[0] == pytest.approx(scores[0].mean().item(), abs=1e-12)
     assert (scores[0] - scores[2]).abs().max() > 1  # another seed, other images
+
+
+# A defensive share of the prior ---------------------------------------------------------------------------------------
+
+
+def narrow():
+    return program(shift=0.3, widening=0.4)
+
+
+SHARES = {"half": (10, 0.5), "a tenth": (10, 0.1), "at least one": (10, 0.001), "all but one": (10, 0.999)}
+COUNTS = {"half": 5, "a tenth": 1, "at least one": 1, "all but one": 9}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_the_share_of_the_prior_in_particles(name, monkeypatch):
+    drawn = []
+
+    def prior(*args, original=importance.draw_prior):
+        drawn.append(args[-1])
+        return original(*args)
+
+    monkeypatch.setattr(importance, "draw_prior", prior)
+    num_particles, share = SHARES[name]
+    options = {"num_particles": num_particles, "defensive": share, "max_elements": 3 * 9 * 2}  # three numbers a row
+    score = pv.log_marginal(narrow(), oracles.example_data(2), **options)
+    assert sum(drawn) == COUNTS[name]
+    assert score.num_particles == 10
+    assert (score.diagnostics["ess"] <= 10).all()
+
+
+@pytest.mark.parametrize("max_elements", [10**7, 3 * 4500], ids=["one chunk", "chunks"])
+def test_a_guide_that_is_too_narrow_is_made_unbiased_by_the_prior(max_elements):
+    x = torch.tensor([[0.3, -1.0, 0.8]]).repeat(3000, 1)
+    truth = oracles.exact_log_marginal(x)
+    options = {"num_particles": 6, "batch_size": 1500, "max_elements": max_elements}
+    ratios = (pv.log_marginal(narrow(), x, defensive=0.5, **options).values - truth).exp()
+    assert_mean_close(ratios, 1.0, min_effect=0.15)
+    most = dist.Normal(0.0, oracles.NOISE).log_prob(torch.tensor(0.0)) * 3  # of the likelihood
+    assert (ratios <= (most - truth).exp() / 0.5 + 1e-9).all()
+    alone = (pv.log_marginal(narrow(), x, **options).values - truth).exp()
+    assert alone.mean() < 0.9  # most of it in weights that are never seen
+
+
+MIXTURES = {
+    "each by its own proposal": lambda w, share: w.log_w,
+    "shares the wrong way round": lambda w, share: (
+        w.log_joint - torch.logaddexp(math.log(share) + w.log_q, math.log1p(-share) + w.log_prior["z"])
+    ),
+    "shares left out": lambda w, share: w.log_joint - torch.logaddexp(w.log_q, w.log_prior["z"]),
+}
+
+
+@pytest.mark.parametrize("bug", MIXTURES)
+def test_wrong_mixtures_are_rejected(bug, monkeypatch):
+    monkeypatch.setattr(importance, "_defended", MIXTURES[bug])
+    x = torch.tensor([[0.3, -1.0, 0.8]]).repeat(3000, 1)
+    score = pv.log_marginal(program(shift=0.3), x, num_particles=8, defensive=0.25)
+    with pytest.raises(AssertionError, match="mean"):
+        assert_mean_close((score.values - oracles.exact_log_marginal(x)).exp(), 1.0, min_effect=0.4)
+
+
+@pytest.mark.parametrize("max_elements", [10**7, 900])
+def test_defended_chunks_are_reduced_exactly(max_elements, monkeypatch):
+    """With the mixture's weights of given draws: whatever the chunks, one mean over all particles."""
+    seen = []
+
+    def defended(weights, share, original=importance._defended):
+        seen.append(original(weights, share))
+        return seen[-1]
+
+    monkeypatch.setattr(importance, "_defended", defended)
+    x = oracles.example_data(20)
+    score = pv.log_marginal(narrow(), x, num_particles=40, defensive=0.3, max_elements=max_elements, batch_size=20)
+    close(score.values, torch.cat(seen).logsumexp(0) - math.log(40), atol=1e-12)
+    assert (len(seen) == 2) == (max_elements == 10**7)
+    assert torch.cat(seen).shape == (40, 20)
+
+
+def test_a_defensive_share_with_discrete_latents_against_enumeration():
+    toy = oracles.BeliefNetwork(4000)
+    found = pv.log_marginal(toy, toy.data[0], num_particles=4, defensive=0.5, batch_size=4000)
+    assert_mean_close((found.values - toy.log_marginal()).exp(), 1.0, min_effect=0.05)
+    network = pv.SigmoidBeliefNetwork((3,), (2, 2))
+    x = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    sure = [pv.log_marginal(network, x, num_particles=20_000, defensive=share).values for share in (0.0, 0.5)]
+    close(*sure, atol=0.05)
+
+
+def test_an_automatic_guide_cannot_be_defended():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x, guide = torch.ones(3), AutoNormal(model)
+    guide(x)
+    assert pv.log_marginal(pv.Program(model, guide), x, num_particles=4).values.isfinite().all()
+    with pytest.raises(ValueError, match=r"auxiliary sites \['z_unconstrained'\]"):
+        pv.log_marginal(pv.Program(model, guide), x, num_particles=4, defensive=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_particles": 1, "defensive": 0.1}, "num_particles: expected at least 2 with a defensive share, got 1"),
+        ({"defensive": 1.0}, "defensive: expected a share from 0 to below 1, got 1.0"),
+        ({"defensive": -0.1}, "defensive: expected a share"),
+        ({"defensive": math.nan}, "defensive: expected a share"),
+    ],
+)
+def test_bad_shares_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        pv.log_marginal(program(), oracles.example_data(), **options)
+
+
+# What every method keeps to -------------------------------------------------------------------------------------------
+
+SMALL = {
+    "importance": {"num_particles": 5},
+    "ais": {"num_particles": 3, "num_steps": 3},
+    "posterior-density": {"num_particles": 20, "num_chains": 2, "num_warmup": 3, "num_leapfrog": 3},
+}
+each_method = pytest.mark.parametrize("method", METHODS)
+
+
+def score_by(method, p, x, **options):
+    return pv.log_marginal(p, x, method=method, **SMALL[method] | options)
+
+
+def test_every_method_is_tried_here():
+    assert SMALL.keys() == METHODS.keys()
+
+
+@each_method
+def test_a_score_in_shape_and_in_words(method):
+    x = oracles.example_data(7)
+    score = score_by(method, program(), x, batch_size=3)
+    assert score.values.shape == (7,)
+    assert (score.method, score.num_particles) == (method, SMALL[method]["num_particles"])
+    assert all(values.shape == (7,) for values in score.diagnostics.values())
+    assert score.std_error == pytest.approx((score.values.var() / 7).sqrt().item())
+    assert repr(score).startswith(f"Score({method}, K={score.num_particles}: ")
+    assert all(remark in repr(score) for remark in score.remarks())
+    assert score.remarks()[0].startswith("median ESS")
+    assert math.isfinite(score.mc_error)
+
+
+@each_method
+def test_a_seed_decides_and_nothing_is_touched(method):
+    p, x = Fragile(), oracles.example_data(5)
+    before, generator = {n: t.clone() for n, t in p.state_dict().items()}, torch.get_rng_state()
+    first, same, other = (score_by(method, p, x, seed=seed).values for seed in (0, 0, 1))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(t, before[n]) for n, t in p.state_dict().items())
+    assert p.norm.training
+    assert not p.off.training
+    assert all(parameter.grad is None for parameter in p.parameters())
+    assert not first.requires_grad
+
+
+@each_method
+def test_data_as_a_dict_and_as_a_data_set(method):
+    p, x = program(), oracles.example_data(6)
+    plain = score_by(method, p, x).values
+    assert torch.equal(score_by(method, p, {"x": x}).values, plain)
+    assert torch.equal(score_by(method, p, x.numpy()).values, plain)
+    data = pv.Dataset("few", x[:2], x[:3], x, binarize="none")
+    assert torch.equal(score_by(method, p, data).values, plain)  # its test split
+
+
+@each_method
+def test_single_precision_programs(method):
+    torch.set_default_dtype(torch.float32)
+    x = oracles.example_data(4)
+    score = score_by(method, pv.LinearGaussian(*oracles.example()), x)
+    assert score.values.dtype == torch.float32
+    if method != "posterior-density":  # exact at any K
+        torch.testing.assert_close(score.values, oracles.exact_log_marginal(x), rtol=0, atol=1e-3)
+
+
+@each_method
+def test_densities_that_are_no_numbers_are_refused_naming_the_rows(method):
+    p = tilted(lambda x: torch.where(x > 0, math.nan, 0.0))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="annealed importance sampling")
+        with pytest.raises(ValueError, match=r"2 of 5 data, rows \[2, 4\]"):
+            score_by(method, p, torch.tensor([-1.0, -2.0, 1.0, -3.0, 2.0]), batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("importance", {"num_steps": 3}, r"'importance': expected .* num_particles, defensive; got 'num_steps'"),
+        ("ais", {"defensive": 0.1}, r"'ais': expected options among num_particles, num_steps, .*; got 'defensive'"),
+        ("posterior-density", {"initial": "prior"}, r"expected options among num_particles, num_chains.*got 'initial'"),
+        ("bridge", {}, "method: expected one of importance, ais, posterior-density, got 'bridge'"),
+        ("aiss", {}, "did you mean 'ais'"),
+    ],
+)  # fmt: skip
+def test_what_a_method_takes(method, options, said):
+    with pytest.raises(ValueError, match=said):
+        make_method(method, **options)
+    with pytest.raises(ValueError, match=said):
+        pv.log_marginal(program(), oracles.example_data(), method=method, **options)
+
+
+@each_method
+def test_methods_are_made_by_name(method):
+    made = make_method(method, **SMALL[method])
+    assert isinstance(made, METHODS[method])
+    assert made.num_particles == SMALL[method]["num_particles"]
+    assert make_method(method).num_particles == {"importance": 5000, "ais": 16, "posterior-density": 1000}[method]
+    assert make_method(method, 40).num_particles == 40

@@ -476,3 +476,164 @@ def test_iterable_that_runs_dry_is_an_error():
 
     with pytest.raises(ValueError, match="gave no batch in epoch 1"):
         pv.fit(small_vae(), Once(), num_samples=100)
+
+
+# What is trained, and what is reported --------------------------------------------------------------------------------
+
+
+def binary(num_data=60):
+    return torch.bernoulli(torch.full((num_data, 8, 8), 0.4))
+
+
+GUIDE_ONLY = {"trained": "guide", "batch_size": 20, "progress": False}
+
+
+@pytest.mark.parametrize("objective", [pv.SGVB(), pv.ReweightedWakeSleep(3, 0.5), pv.WakeSleep(), pyro.infer.Trace_ELBO()])  # fmt: skip # noqa: E501
+def test_only_the_guide_is_trained(objective):
+    vae = small_vae()
+    before = parameters(vae)
+    pv.fit(vae, binary(), objective=objective, epochs=2, prior_scale=1.0, max_grad_norm=10.0, **GUIDE_ONLY)
+    for name, tensor in vae.named_parameters():
+        assert torch.equal(tensor, before[name]) == name.startswith("decoder"), name
+        assert tensor.requires_grad
+        if name.startswith("decoder"):
+            assert tensor.grad is None
+
+
+def test_weight_decay_does_not_reach_the_model():
+    vae = small_vae()
+    before = parameters(vae)
+    decaying = functools.partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5)
+    pv.fit(vae, binary(), optimizer=decaying, epochs=1, **GUIDE_ONLY)
+    assert all(torch.equal(t, before[n]) for n, t in vae.named_parameters() if n.startswith("decoder"))
+
+
+def test_after_monte_carlo_em_a_guide_is_fitted_to_the_model_as_it_is():
+    """The bound then comes to the evidence: here the guide can be the posterior."""
+    weight = torch.tensor([[2.0, 1.0], [-1.0, 2.0], [0.0, 5.0**0.5]])
+    inner, encoder = pv.LinearGaussian(weight), torch.nn.Linear(3, 4)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        loc, log_scale = encoder(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    program, x = pv.Program(inner.model, guide), torch.randn(100, 3)
+    pv.fit(program, x, objective=pv.MCEM(3), epochs=1, progress=False)
+    theta = parameters(inner)
+    pv.fit(program, x, optimizer="adam", learning_rate=0.03, epochs=150, **GUIDE_ONLY | {"batch_size": 100})
+    assert_same(theta, parameters(inner))
+    gap = inner.log_marginal(x).mean() - pv.evaluate_bound(program, x, pv.SGVB(50)).mean
+    assert 0 < gap + 0.02 < 0.1
+
+
+def test_the_models_parameters_train_again_after_a_failure():
+    vae = small_vae()
+
+    class Failing(torch.optim.SGD):
+        def step(self):
+            assert not any(t.requires_grad for n, t in vae.named_parameters() if n.startswith("decoder"))
+            raise RuntimeError("no step")
+
+    with pytest.raises(RuntimeError, match="no step"):
+        pv.fit(vae, binary(), optimizer=Failing, learning_rate=0.1, epochs=1, **GUIDE_ONLY)
+    assert all(tensor.requires_grad for tensor in vae.parameters())
+    before = parameters(vae)
+    pv.fit(vae, binary(), epochs=1)
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in vae.named_parameters())
+
+
+def test_what_model_and_guide_share_is_the_models():
+    both = torch.nn.Linear(1, 1)
+
+    def model(x):
+        pyro.module("both", both)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(pyro.param("m", torch.zeros(())), 1.0))
+            pyro.sample("x", dist.Normal(both(z[..., None])[..., 0], 1.0), obs=x)
+
+    def guide(x):
+        pyro.module("both", both)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(both(x[:, None])[:, 0] + pyro.param("b", torch.zeros(())), 1.0))
+
+    program = pv.Program(model, guide)
+    pv.fit(program, torch.randn(50) + 3, epochs=2, **GUIDE_ONLY)
+    assert program.param("b") != 0
+    assert program.param("m") == 0
+    before = parameters(both)
+    pv.fit(program, torch.randn(50) + 3, epochs=2, **GUIDE_ONLY)
+    assert_same(before, parameters(both))
+
+
+def test_a_guide_with_nothing_of_its_own_is_refused():
+    _, model, x = ppca(20)
+    with pytest.raises(ValueError, match='trained="guide": expected parameters that are the guide\'s alone, got none'):
+        pv.fit(model, x, epochs=1, trained="guide")
+    assert all(tensor.requires_grad for tensor in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"trained": "model"}, "trained: expected one of all, guide, got 'model'"),
+        ({"trained": "guide", "objective": pv.MCEM()}, 'trained="guide": MCEM trains no guide'),
+        ({"evaluate_with": pv.MCEM()}, "evaluate_with: expected an objective with a bound"),
+        ({"evaluate_with": pv.SGVB}, "evaluate_with: expected one such as pyro_vae.SGVB"),
+        ({"evaluate_with": "sgvb"}, "evaluate_with: expected one such as pyro_vae.SGVB"),
+        ({"objective": pv.MCEM(), "patience": 1, "valid": torch.ones(5, 8, 8)}, "patience: MCEM has no bound"),
+        ({"objective": pv.MCEM(), "kl_warmup": 10}, "kl_warmup: expected an objective with a kl_weight"),
+    ],
+)
+def test_bad_choices_of_what_is_trained_and_reported(options, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        pv.fit(small_vae(), torch.ones(5, 8, 8), epochs=1, run_dir=tmp_path / "r", **options)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": pv.MCEM(), "evaluate_with": pv.SGVB()}, {"trained": "guide"}])
+def test_a_program_without_a_guide_is_refused_where_one_is_needed(options, tmp_path):
+    program = pv.Program(ppca()[1].model)
+    with pytest.raises(ValueError, match=r"expected a program with a guide, .*only MCEM\(\) trains"):
+        pv.fit(program, torch.randn(5, 3), epochs=1, run_dir=tmp_path / "r", **options)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("objective", [pv.WakeSleep(), pv.MCEM(3)])
+def test_the_bounds_reported_are_those_of_another_objective(objective):
+    _, model, x = ppca(60)
+    other, still = pv.IWAE(7), {"optimizer": "sgd", "learning_rate": 1e-12, "progress": False}
+    wrong = pv.LinearGaussian(model.weight.detach(), guide_shift=0.5)
+    run = pv.fit(wrong, x, objective=objective, evaluate_with=other, epochs=1, test=x[:20], **still)
+    (row,) = run.history
+    for split, data in (("train", x), ("test", x[:20])):
+        wanted = pv.evaluate_bound(wrong, data, other)
+        assert row[f"{split}_bound"] == pytest.approx(wanted.mean, abs=1e-6)
+        assert row[f"{split}_bound_se"] == pytest.approx(wanted.std_error, abs=1e-6)
+        assert row[f"{split}_bound"] != pytest.approx(pv.evaluate_bound(wrong, data).mean, abs=1e-2)
+    assert ("train_log_joint" in row) == isinstance(objective, pv.MCEM)
+
+
+def test_the_reported_bound_changes_nothing_in_what_is_trained():
+    trained = []
+    for other in (None, pv.SGVB(20), pyro.infer.Trace_ELBO()):
+        vae = small_vae()
+        pv.fit(vae, binary(), evaluate_with=other, epochs=2, batch_size=20)
+        trained.append(parameters(vae))
+    assert_same(trained[0], trained[1])
+    assert_same(trained[0], trained[2])
+
+
+def test_early_stopping_is_by_the_reported_bound():
+    class Falling(pv.SGVB):
+        level = 0.0
+
+        def bound(self, *args, **kwargs):
+            self.level -= 1.0
+            return torch.zeros_like(super().bound(*args, **kwargs)) + self.level
+
+    _, model, x = ppca(40)
+    run = pv.fit(model, x, objective=pv.MCEM(2), evaluate_with=Falling(), valid=x, patience=2, epochs=30, batch_size=20)
+    assert run.stopped_early
+    assert [row["valid_bound"] for row in run.history] == [-2.0, -4.0, -6.0]

@@ -302,6 +302,92 @@ def test_early_stop_returns_to_the_best_and_resumes(tmp_path):
     assert_same(parameters(vae), parameters(resumed))
 
 
+# Monte Carlo EM, and a guide alone ------------------------------------------------------------------------------------
+
+
+def weights_of(model):
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+
+@pytest.mark.parametrize("stop", [30, 70, 110, 120])
+def test_monte_carlo_em_in_two_parts_equals_one(tmp_path, stop):
+    """Chains, step size and the mean log joint go on as if the run had never stopped."""
+    x = torch.randn(45, 3)
+    settings = {"batch_size": 10, "optimizer": "adam", "evaluate_every": 40}
+
+    def trained(num_samples, **more):
+        model, objective = pv.LinearGaussian(torch.ones(3, 2)), pv.MCEM(4, num_particles=2, num_updates=2)
+        run = pv.fit(model, x, objective=objective, num_samples=num_samples, **settings, **more)
+        return weights_of(model), objective.state_dict(), without_seconds(run.history)
+
+    straight, state, history = trained(200)
+    trained(stop, run_dir=tmp_path / "r")
+    resumed, again, rows = trained(200, run_dir=tmp_path / "r", resume=True)
+    assert_same(straight, resumed)
+    assert_same(state, again)
+    assert state["chains"].shape == (2, 45, 2)
+    samples = {row["samples"] for row in history}
+    assert [row for row in rows if row["samples"] in samples] == history
+    assert all(row["train_log_joint"] is not None for row in rows)
+
+
+def test_monte_carlo_em_goes_on_after_a_signal(tmp_path):
+    x = torch.randn(60, 3)
+    settings = {"epochs": 2, "optimizer": "adam"}
+
+    def batches():
+        return DataLoader(TensorDataset(x), batch_size=10, shuffle=True)
+
+    def make():
+        return pv.LinearGaussian(torch.ones(3, 2)), pv.MCEM(4, num_updates=2)
+
+    (straight, first), (parts, second), (resumed, third) = make(), make(), make()
+    pv.fit(straight, batches(), objective=first, **settings)
+    with pytest.raises(TrainingInterrupted):
+        pv.fit(parts, StopAfter(batches(), 8), objective=second, run_dir=tmp_path / "r", **settings)
+    pv.fit(resumed, batches(), objective=third, run_dir=tmp_path / "r", resume=True, **settings)
+    assert_same(weights_of(straight), weights_of(resumed))
+    assert first.step_size == third.step_size
+
+
+def test_other_settings_of_monte_carlo_em_are_refused(tmp_path):
+    x = torch.randn(20, 3)
+    settings = {"run_dir": tmp_path / "r", "num_samples": 20}
+    pv.fit(pv.LinearGaussian(torch.ones(3, 2)), x, objective=pv.MCEM(4), **settings)
+    with pytest.raises(CheckpointError, match=r"'num_leapfrog': 4,.* got .*'num_leapfrog': 5"):
+        pv.fit(pv.LinearGaussian(torch.ones(3, 2)), x, objective=pv.MCEM(5), resume=True, **settings)
+
+
+@pytest.mark.parametrize("stop", [200, 500])
+def test_a_guide_alone_in_two_parts_equals_one(tmp_path, stop):
+    data = pv.load_dataset("digits")
+    settings = {"optimizer": "adam", "trained": "guide", "evaluate_with": pv.SGVB(3), "evaluate_every": 300}
+    straight, parts, resumed = (small_vae() for _ in range(3))
+    whole = pv.fit(straight, data, num_samples=900, **settings)
+    pv.fit(parts, data, num_samples=stop, run_dir=tmp_path / "r", **settings)
+    with torch.no_grad():
+        for tensor in resumed.parameters():
+            tensor.add_(1.0)
+    again = pv.fit(resumed, data, num_samples=900, run_dir=tmp_path / "r", resume=True, **settings)
+    assert_same(parameters(straight), parameters(resumed))
+    samples = {row["samples"] for row in whole.history}
+    rows = [row for row in without_seconds(again.history) if row["samples"] in samples]
+    assert rows == without_seconds(whole.history)
+    assert_same(parameters(straight), parameters(pv.load_run(tmp_path / "r").program))  # the model's are stored too
+    with pytest.raises(CheckpointError, match="trained='guide', got 'all'"):
+        pv.fit(small_vae(), data, num_samples=900, run_dir=tmp_path / "r", resume=True, **settings | {"trained": "all"})
+
+
+def test_a_run_of_a_version_that_did_not_say_what_it_trained_goes_on(tmp_path):
+    data, file = pv.load_dataset("digits"), tmp_path / "r/config.json"
+    pv.fit(small_vae(), data, num_samples=200, run_dir=tmp_path / "r")
+    config = json.loads(file.read_text())
+    assert config["fit"].pop("trained") == "all"
+    file.write_text(json.dumps(config))
+    run = pv.fit(small_vae(), data, num_samples=400, run_dir=tmp_path / "r", resume=True)
+    assert run.samples == 400
+
+
 # A real process, killed -----------------------------------------------------------------------------------------------
 
 BUDGET = {"num_samples": 100_000, "evaluate_every": 20_000, "checkpoint_every": 2_000, "progress": False}

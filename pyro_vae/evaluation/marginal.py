@@ -1,0 +1,129 @@
+"""The log marginal likelihood of data, by any of the package's estimators.
+
+====================  =====================================  ===================================================
+method                what it is on average                  what it needs
+====================  =====================================  ===================================================
+"importance"          a lower bound on log p(x)              a guide near the posterior; any latents
+"ais"                 a lower bound, tighter with steps      continuous latents
+"posterior-density"   an upper bound                         continuous latents, at most five dimensions
+====================  =====================================  ===================================================
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.arguments import one_of, whole_number
+from pyro_vae.data import TensorData
+from pyro_vae.evaluation.ais import AIS
+from pyro_vae.evaluation.bounds import frozen
+from pyro_vae.evaluation.importance import ImportanceSampling
+from pyro_vae.evaluation.posterior_density import PosteriorDensity
+from pyro_vae.evaluation.score import Method, Score
+from pyro_vae.inputs import open_inputs
+from pyro_vae.programs import HasModelAndGuide, Program, as_program
+
+__all__ = ["METHODS", "log_marginal", "make_method"]
+
+METHODS: dict[str, Any] = {
+    "importance": ImportanceSampling,
+    "ais": AIS,
+    "posterior-density": PosteriorDensity,
+}
+
+# Particles times data times their width in flight: 32 MB a tensor in float32, of which a pass holds about ten.
+_MAX_ELEMENTS = 8_000_000
+
+
+def make_method(method: str, num_particles: int | None = None, **options: Any) -> Method:
+    """An estimator by name, with its options.
+
+    Raises:
+        ValueError: there is none of that name, or it does not take such an option; lists those it takes.
+    """
+    cls = METHODS[one_of("method", method, METHODS)]
+    taken = inspect.signature(cls).parameters
+    if unknown := sorted(options.keys() - taken.keys()):
+        raise ValueError(f"method {method!r}: expected options among {', '.join(taken)}; got {unknown[0]!r}")
+    return cls(**options) if num_particles is None else cls(num_particles=num_particles, **options)  # type: ignore[no-any-return]
+
+
+def log_marginal(
+    program: HasModelAndGuide,
+    x: Any,
+    *,
+    method: str = "importance",
+    num_particles: int | None = None,
+    batch_size: int = 100,
+    max_elements: int = _MAX_ELEMENTS,
+    binarize: str | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Score:
+    """Estimate log p(x) of each datum, in nats.
+
+    Args:
+        program: an object with ``.model`` and ``.guide``, its latents all in the data plate.
+        x: a tensor (N, ...); a tuple or dict of tensors; or a data set, whose test split is taken. Images of type uint8
+            are scaled to [0, 1]; grey levels that a binary site observes are drawn once (see ``binarize``).
+        method: "importance" (:class:`pyro_vae.evaluation.ImportanceSampling`), "ais"
+            (:class:`pyro_vae.evaluation.AIS`) or "posterior-density" (:class:`pyro_vae.evaluation.PosteriorDensity`).
+        num_particles: K per datum, at least 1; None for the method's default: 5000, 16 and 1000.
+        batch_size: data at a time, at most; fewer are taken where memory asks for it.
+        max_elements: bound on particles times data times the width of a datum or a linear layer, that is on memory; the
+            values do not depend on it but for the order of the noise.
+        binarize: "dynamic" or "none"; None as the data set says, else "dynamic".
+        seed: of the noise and of the binarisation; torch's own generators are left as they were.
+        **options: of the method: its class says which.
+
+    Returns:
+        Values per datum, their mean, errors and diagnostics.
+
+    Raises:
+        ValueError: an argument is out of range, the data do not fit the program, the program has global latents, or a
+            weight is NaN or infinite (the rows are named).
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> model = pv.LinearGaussian(torch.ones(3, 1))          # its guide is the posterior: exact for any K
+        >>> score = log_marginal(model, torch.zeros(2, 3), num_particles=4)
+        >>> bool(torch.allclose(score.values, model.log_marginal(torch.zeros(2, 3))))
+        True
+    """
+    estimator = make_method(method, num_particles, **options)
+    batch_size = whole_number("batch_size", batch_size)
+    max_elements = whole_number("max_elements", max_elements)
+    bridged = as_program(program)
+    inputs = open_inputs(bridged, x, binarize=binarize, split="test", batch_size=batch_size)
+    data = inputs.tensors().drawn_once(seed)
+    rows_at_once = max(1, max_elements // _elements_per_row(bridged, data))
+    size = min(batch_size, max(1, rows_at_once // estimator.at_once), max(1, max_elements // estimator.num_particles))
+    with frozen(bridged, seed):
+        found = [estimator(bridged, *inputs.call(columns), rows_at_once) for columns in data.in_order(size)]
+    values = torch.cat([estimate.values for estimate in found])
+    _require_finite(values)
+    diagnostics = {n: torch.cat([estimate.diagnostics[n] for estimate in found]) for n in found[0].diagnostics}
+    mc_error = math.sqrt(sum(estimate.variance.sum().item() for estimate in found)) / len(values)
+    values = values.to(data.reader.dtype)  # sums were taken in double precision
+    return Score(values, mc_error, diagnostics, estimator.num_particles, method)
+
+
+def _elements_per_row(program: Program, data: TensorData) -> int:
+    """Numbers in flight for one particle of one datum: the datum's, or the widest linear layer's."""
+    layers = (layer for module in program.modules().values() for layer in module.modules())
+    widths = [layer.out_features for layer in layers if isinstance(layer, nn.Linear)]
+    return max(widths + [column[0].numel() for column in data.columns.values()])
+
+
+def _require_finite(values: Tensor) -> None:
+    bad = (values.isnan() | (values == math.inf)).nonzero().flatten()
+    if len(bad):
+        raise ValueError(
+            f"expected finite weights, got NaN or infinite ones at {len(bad)} of {len(values)} data, rows "
+            f"{bad[:10].tolist()}: the model or the guide gives no density there"
+        )

@@ -1,0 +1,97 @@
+"""What every estimator of log p(x) gives: a value per datum, its Monte Carlo error, and what can be said against it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from pyro_vae.numerics import mean_and_standard_error
+from pyro_vae.programs import Program
+
+__all__ = ["Estimate", "Method", "Score"]
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """Log p(x) of a minibatch.
+
+    Attributes:
+        values: (M,), nats.
+        variance: Monte Carlo variance of each value, (M,), nats squared; not a number where it is not known.
+        diagnostics: per datum, each (M,).
+    """
+
+    values: Tensor
+    variance: Tensor
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Method(Protocol):
+    """An estimator of log p(x)."""
+
+    @property
+    def num_particles(self) -> int:
+        """K, draws per datum."""
+
+    @property
+    def at_once(self) -> int:
+        """How many particles of a datum must be in memory together, whatever the chunks."""
+
+    def __call__(self, program: Program, args: Any, kwargs: Any, rows_at_once: int) -> Estimate:
+        """Estimate log p(x) of a minibatch, with at most so many particles times data in memory at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """Estimates of log p(x), one per datum, in nats.
+
+    Attributes:
+        values: shape (N,).
+        mc_error: Monte Carlo standard error of ``mean``, given these data, by the jackknife: how a repetition with
+            other noise varies. It does not hold the bias, which is downwards for "importance" and "ais" and upwards for
+            "posterior-density", and falls with K. Not a number for K = 1.
+        diagnostics: per datum, shape (N,): "ess", the effective sample size, between 1 and K (of "posterior-density":
+            and the number of chains, each of which counts as one draw); and of
+            "importance": "pareto_k", the shape of the weights' tail, to be trusted below 0.7
+            (:func:`pyro_vae.evaluation.diagnostics.pareto_k`);
+            "ais": "acceptance", the mean over the chains' transitions;
+            "posterior-density": "acceptance", and "r_hat", how far the chains agree, 1 where they do.
+        num_particles: K.
+        method: how it was estimated.
+    """
+
+    values: Tensor
+    mc_error: float
+    diagnostics: dict[str, Tensor]
+    num_particles: int
+    method: str
+
+    @property
+    def mean(self) -> float:
+        """Mean over data, nats per datum."""
+        return mean_and_standard_error(self.values)[0]
+
+    @property
+    def std_error(self) -> float:
+        """Standard error of the mean over data, nats per datum."""
+        return mean_and_standard_error(self.values)[1]
+
+    def __repr__(self) -> str:
+        return (
+            f"Score({self.method}, K={self.num_particles}: {self.mean:.2f} ± {self.std_error:.2f} nats over "
+            f"{len(self.values)} data; Monte Carlo error {self.mc_error:.2g}, {', '.join(self.remarks())})"
+        )
+
+    def remarks(self) -> list[str]:
+        """What the diagnostics say, in words."""
+        found = self.diagnostics
+        said = [f"median ESS {found['ess'].median().item():.1f}"]
+        if "pareto_k" in found:
+            said.append(f"Pareto k > 0.7 at {int((found['pareto_k'] > 0.7).sum())}")
+        if "acceptance" in found:
+            said.append(f"acceptance {found['acceptance'].mean().item():.2f}")
+        if "r_hat" in found:
+            said.append(f"largest R-hat {found['r_hat'].max().item():.3f}")
+        return said

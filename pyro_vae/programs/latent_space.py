@@ -1,0 +1,255 @@
+"""The latents of a minibatch as one real vector per datum: what samplers move in."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_vae.programs.dimensions import innermost
+from pyro_vae.programs.program import PyroFunction, owner_of
+from pyro_vae.programs.sites import (
+    DATA_PLATE,
+    T,
+    base_name_of,
+    each_particle,
+    frame_of,
+    is_delta,
+    observed_and_latent,
+    plain_traces,
+    plate_nesting,
+    scale_of,
+    site_log_prob,
+    stack_terms,
+    sum_of,
+    sum_per_datum,
+    support_of,
+)
+from pyro_vae.programs.weights import draw_prior, log_guide, log_weights
+
+__all__ = ["Density", "LatentSpace"]
+
+
+@dataclass(frozen=True, eq=False)
+class Density:
+    """Log densities of a model at given latents, each (K, M), in nats.
+
+    Attributes:
+        latents: the values by site, (K, M, *event).
+        log_likelihood: log p(x | z).
+        log_prior: log p(z).
+        log_det: log |dz / du| of the maps from unconstrained u to the latents z: 0 where every latent is real.
+    """
+
+    latents: dict[str, Tensor]
+    log_likelihood: Tensor
+    log_prior: Tensor
+    log_det: Tensor
+
+    @property
+    def log_joint(self) -> Tensor:
+        """Log p(x, z(u)) |dz / du|: the unnormalised posterior of u, (K, M)."""
+        return self.log_likelihood + self.log_prior + self.log_det
+
+
+class LatentSpace:
+    """A minibatch's latents as one real vector per datum, u of shape (K, M, J): what samplers move in.
+
+    Constrained latents are mapped by torch's bijections (``biject_to`` of the site's support, which may depend on the
+    latents drawn before it), with their Jacobians; sites are laid side by side, whatever their plates within a datum.
+
+    Args:
+        model: Pyro function whose latents are continuous and all in the data plate.
+        guide: Pyro function of the same arguments; None for a program without one.
+        args: positional arguments: a minibatch of M data.
+        kwargs: keyword arguments.
+
+    Attributes:
+        dim: J.
+        sites: names of the latent sites, in ancestral order.
+        masked: those of which a mask hides values: the density of u does not depend on them, nor has it an integral.
+
+    Raises:
+        ValueError: a latent is discrete, or lies outside the data plate; names the site.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> model = pv.LinearGaussian(torch.ones(3, 2))
+        >>> space = LatentSpace(model.model, model.guide, (torch.zeros(5, 3),))
+        >>> space.dim, space.density(torch.zeros(4, 5, 2)).log_joint.shape
+        (2, torch.Size([4, 5]))
+    """
+
+    def __init__(
+        self,
+        model: PyroFunction,
+        guide: PyroFunction | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs or {}
+        model_sites, _ = plain_traces(model, None, args, self._kwargs)
+        latent = {n: s for n, s in model_sites.items() if not (s["is_observed"] or s["infer"].get("_deterministic"))}
+        if not latent:
+            raise ValueError("expected a model with latent sites, got one that only observes")
+        nesting = plate_nesting(model, guide, args, self._kwargs) if getattr(owner_of(model), "vectorize", True) else 0
+        self._layouts = {name: _layout(name, site, nesting) for name, site in latent.items()}
+        self.sites, self.dim = list(latent), sum(layout.size for layout in self._layouts.values())
+        self.masked = [name for name, site in latent.items() if not torch.as_tensor(innermost(site)[1]).all()]
+
+    def draw_prior(self, num_particles: int) -> Tensor:
+        """K draws of the prior, (K, M, J)."""
+        return self.from_latents(draw_prior(self._model, self._guide, self._args, self._kwargs, num_particles))
+
+    @torch.no_grad()
+    def draw_guide(self, num_particles: int) -> Tensor:
+        """K draws of the guide, (K, M, J).
+
+        Raises:
+            ValueError: there is no guide.
+        """
+        guide = self._required_guide()
+        weights = log_weights(self._model, guide, self._args, self._kwargs, num_particles=num_particles)
+        return self.from_latents(weights.latents)
+
+    def log_guide(self, density: Density) -> Tensor:
+        """Log density of the guide at the point that a density was taken at, as one of u: (K, M)."""
+        latents = {name: density.latents[name] for name in self.sites}
+        terms = log_guide(self._model, self._required_guide(), self._args, self._kwargs, latents)
+        return sum_of(terms, ndim=2) + density.log_det
+
+    def _required_guide(self) -> PyroFunction:
+        if self._guide is None:
+            raise ValueError("expected a program with a guide: Program(model, guide), got one without")
+        return self._guide
+
+    @torch.no_grad()
+    def from_latents(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """The vectors (K, M, J) of latents by site, (K, M, *event)."""
+
+        def run(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            with _ToReal(given) as mapped:
+                self._model(*self._args, **self._kwargs)
+            return dict(mapped.real)
+
+        real = stack_terms(self._each_particle(run, {name: latents[name] for name in self.sites}))
+        return torch.cat([layout.flatten(real[name]) for name, layout in self._layouts.items()], -1)
+
+    def density(self, u: Tensor) -> Density:
+        """Log densities of the model at vectors u (K, M, J), with gradients to u and to theta."""
+        parts = u.split([layout.size for layout in self._layouts.values()], -1)
+        real = {name: layout.unflatten(part) for (name, layout), part in zip(self._layouts.items(), parts, strict=True)}
+        runs = self._each_particle(self._density, real)
+        if isinstance(runs, Density):
+            return runs
+        terms = (torch.stack([getattr(r, n) for r in runs]) for n in ("log_likelihood", "log_prior", "log_det"))
+        return Density(stack_terms([run.latents for run in runs]), *terms)
+
+    def _density(self, real: Mapping[str, Tensor]) -> Density:
+        with _FromReal(real) as maps:
+            trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
+        observed, latent = observed_and_latent(prune_subsample_sites(trace))
+        stray = [name for name, site in observed.items() if frame_of(site, DATA_PLATE) is None]
+        if stray:
+            raise ValueError(f"log p(x, z) per datum needs every site in the data plate; outside it: {stray}")
+        # A program's own scale is part of its density, not of the map.
+        jacobians = [
+            sum_per_datum({**site, "scale": scale_of(frame_of(site, DATA_PLATE))}, maps.log_det[name])
+            for name, site in latent.items()
+        ]
+        return Density(
+            {name: site["value"] for name, site in latent.items()},
+            functools.reduce(operator.add, (site_log_prob(site) for site in observed.values())),
+            functools.reduce(operator.add, (site_log_prob(site) for site in latent.values())),
+            functools.reduce(operator.add, jacobians),
+        )
+
+    def _each_particle(self, run: Callable[[Mapping[str, Tensor]], T], values: Mapping[str, Tensor]) -> T | list[T]:
+        count = len(next(iter(values.values())))
+        return each_particle(run, self._model, self._guide, self._args, self._kwargs, count, values)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a site's unconstrained values, of shape (*batch, *event) for one particle, lie in a vector per datum."""
+
+    shape: tuple[int, ...]
+    data: int  # the data plate's dimension in it, from the right
+    missing: int  # batch dimensions between the particles' and its own
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) // self.shape[self.data]
+
+    def flatten(self, real: Tensor) -> Tensor:
+        by_datum = real.reshape(len(real), *self.shape).movedim(self.data, 1)
+        return by_datum.reshape(*by_datum.shape[:2], self.size)
+
+    def unflatten(self, part: Tensor) -> Tensor:
+        others = [size for dim, size in enumerate(self.shape, -len(self.shape)) if dim != self.data]
+        value = part.reshape(*part.shape[:2], *others).movedim(1, self.data)
+        return value.reshape(len(part), *(1,) * self.missing, *self.shape)
+
+
+def _layout(name: str, site: Any, nesting: int) -> _Layout:
+    frame, fn = frame_of(site, DATA_PLATE), site["fn"]
+    if frame is None:
+        raise ValueError(f"a chain per datum moves that datum's latents, but site '{name}' is outside the data plate")
+    support = support_of(fn)
+    if support is None or support.is_discrete or is_delta(fn):
+        raise ValueError(
+            f"Hamiltonian Monte Carlo needs continuous latents, but site '{name}' is drawn from {base_name_of(site)}: "
+            'use log_marginal(..., method="importance"), or a learning objective such as ReweightedWakeSleep'
+        )
+    batch_rank = site["value"].ndim - fn.event_dim
+    try:
+        real = biject_to(support).inv(site["value"])
+    except NotImplementedError as error:
+        raise ValueError(
+            f"Hamiltonian Monte Carlo moves in real space, and torch has no bijection from there to the support of "
+            f"{base_name_of(site)}, the distribution of site '{name}'"
+        ) from error
+    return _Layout(tuple(real.shape), frame.dim - (real.ndim - batch_rank), max(0, nesting - batch_rank))
+
+
+class _ToReal(Messenger):  # type: ignore[misc]
+    """Latents take these values; what they are without constraints is kept."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+        self.real: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if (name := msg["name"]) in self.values and not msg["is_observed"]:
+            self.real[name] = biject_to(msg["fn"].support).inv(self.values[name])
+            msg["value"], msg["done"] = self.values[name], True
+
+
+class _FromReal(Messenger):  # type: ignore[misc]
+    """Latents take the values that real ones map to; the maps' log Jacobians are kept."""
+
+    def __init__(self, real: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.real = real
+        self.log_det: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if (name := msg["name"]) in self.real and not msg["is_observed"]:
+            (fn, mask), real = innermost(msg), self.real[name]
+            bijection = biject_to(fn.support)
+            msg["value"], msg["done"] = bijection(real), True
+            log_det = bijection.log_abs_det_jacobian(real, msg["value"])
+            log_det = scale_and_mask(sum_rightmost(log_det, fn.event_dim - bijection.codomain.event_dim), mask=mask)
+            self.log_det[name] = sum_rightmost(log_det, msg["fn"].event_dim - fn.event_dim)
