@@ -68,7 +68,7 @@ def maximum_log_likelihood(x: Tensor) -> float:
 def main() -> None:
     """Train by each objective with as many updates, and print its gap."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-updates", type=int, default=4000, help="of the parameters, on all data at once")
+    parser.add_argument("--num-updates", type=int, default=2000, help="of the parameters, on all data at once")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="a few updates")
     args = parser.parse_args()
