@@ -21,7 +21,7 @@ def scores_of(program: pv.VAE, data: pv.Dataset, smoke: bool) -> dict[str, pv.Sc
     """Every estimator on the same test data."""
     few: dict[str, Any] = {"num_steps": 20, "num_particles": 4} if smoke else {}
     options: dict[str, dict[str, Any]] = {
-        "importance": {"num_particles": 100 if smoke else 5000},
+        "importance": {"num_particles": 1000 if smoke else 5000},
         "ais": few,
         "posterior-density": {"num_particles": 200, "num_warmup": 20} if smoke else {},
     }

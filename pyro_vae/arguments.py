@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-__all__ = ["one_of", "whole_number"]
+__all__ = ["one_of", "probability", "whole_number"]
 
 
 def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
@@ -38,3 +38,14 @@ def whole_number(name: str, value: Any, least: int = 1, most: float = math.inf) 
         limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
         raise ValueError(f"{name}: expected a whole number {limits}, got {value!r}")
     return number
+
+
+def probability(name: str, value: Any) -> float:
+    """A number strictly between 0 and 1.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not (isinstance(value, (int, float)) and 0 < value < 1):
+        raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}")
+    return float(value)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from pyro_vae.data import Dataset
     from pyro_vae.runs import StoredRun
+    from pyro_vae.training import Run
 
 __all__ = ["app", "main"]
 
@@ -137,15 +138,38 @@ _scoring = functools.partial(typer.Option, rich_help_panel="Scoring")
 _ROOT_HELP = "Folder with the data sets, or where to download them to."
 _BINARIZE_HELP = "'dynamic' draws grey levels anew at each read, 'none' refuses them; by default as the data set says."
 _OBJECTIVE_HELP = "sgvb, iwae, dreg, renyi, vimco, wake-sleep, reweighted-wake-sleep or mcem."
-_COMPARED_HELP = "NAME or NAME:key=value,key=value, such as sgvb or iwae:num_particles=10; repeat it to compare."
+_COMPARED_HELP = "NAME or NAME:key=value,key=value, such as sgvb or iwae:num_particles=10; repeat it. " + (
+    "sgvb, iwae, dreg, renyi, vimco, wake-sleep, reweighted-wake-sleep or mcem."
+)
 _OBJECTIVE_OPTIONS = ("num_particles", "estimator", "alpha", "gradient", "insomnia", "num_leapfrog", "num_updates")
 _METHOD_HELP = "importance (a lower bound on average), ais (likewise) or posterior-density (an upper bound)."
+_PARTICLES_HELP = "Draws or chains per datum (K); by default 1,000, of ais 16."
+_HIDDEN_HELP = "Widths of the encoder's hidden layers: 500, or 500,200, or repeated; the decoder mirrors them."
+_GUIDELESS = "--method ais --initial prior"
 _METHOD_OPTIONS = ("defensive", "num_steps", "initial", "num_leapfrog")
 _KIND_HELP = "curves, samples, reconstructions, latents, manifold or traversals; may be repeated; by default all."
 _PRIOR_HELP = "Maximum a posteriori: scale of a Gaussian prior on every parameter (the paper: 1)."
 _EVALUATE_HELP = "Samples between evaluations; by default an epoch, or a hundredth of the budget."
 _CHECKPOINT_HELP = "Samples between checkpoints; by default at each evaluation, and once a minute."
 
+DatasetName = Annotated[str, _data(help="A name (see `datasets`), a .npy or .npz file, or a folder of images.")]
+DataRoot = Annotated[Path | None, _data(help=_ROOT_HELP, envvar="PYRO_VAE_DATA")]
+Binarize = Annotated[str | None, _data(help=_BINARIZE_HELP)]
+LatentDim = Annotated[int, _model(help="Dimension of z.")]
+HiddenDims = Annotated[list[str], _model(help=_HIDDEN_HELP)]
+Likelihood = Annotated[str, _model(help="bernoulli (binary data) or gaussian (data from 0 to 1).")]
+Activation = Annotated[str, _model(help="tanh, relu or softplus.")]
+Init = Annotated[str, _model(help="default (torch's) or paper: N(0, 0.01).")]
+OptimizerName = Annotated[str, _training(help="Any of torch.optim by name, such as adagrad or adam.")]
+BatchSize = Annotated[int, _training(help="Data per step.")]
+EvaluateEvery = Annotated[int | None, _training(help=_EVALUATE_HELP)]
+TrainingDevice = Annotated[str | None, _training(help="Such as cpu or cuda.")]
+Method = Annotated[str, _scoring(help=_METHOD_HELP)]
+ScoreParticles = Annotated[int | None, _scoring(help=_PARTICLES_HELP)]
+Defensive = Annotated[float | None, _scoring(help="importance: share of draws from the prior.")]
+NumSteps = Annotated[int | None, _scoring(help="ais: laws between start and posterior.")]
+Initial = Annotated[str | None, _scoring(help="ais: start at draws of the guide or of the prior.")]
+NumLeapfrog = Annotated[int | None, _scoring(help="ais, posterior-density: leapfrog steps of a transition.")]
 Root = Annotated[Path | None, typer.Option(help=_ROOT_HELP, envvar="PYRO_VAE_DATA")]
 RunPath = Annotated[Path, typer.Argument(help="Directory of a run, as written by train.", metavar="RUN")]
 Seed = Annotated[int, typer.Option(help="Seed of the random numbers.", min=0, max=2**32 - 1)]
@@ -155,19 +179,14 @@ Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.")]
 @_command("pyro-vae train --dataset mnist --latent-dim 20 --num-samples 1000000 --run-dir runs/mnist")
 def train(
     context: typer.Context,
-    dataset: Annotated[
-        str, _data(help="A name (see `datasets`), a .npy or .npz file, or a folder of images.")
-    ] = "digits",
-    root: Annotated[Path | None, _data(help=_ROOT_HELP, envvar="PYRO_VAE_DATA")] = None,
-    binarize: Annotated[str | None, _data(help=_BINARIZE_HELP)] = None,
-    latent_dim: Annotated[int, _model(help="Dimension of z.")] = 20,
-    hidden_dims: Annotated[
-        list[str],
-        _model(help="Widths of the encoder's hidden layers: 500, or 500,200, or repeated; the decoder mirrors them."),
-    ] = ["500"],  # noqa: B006 - typer copies it
-    likelihood: Annotated[str, _model(help="bernoulli (binary data) or gaussian (data from 0 to 1).")] = "bernoulli",
-    activation: Annotated[str, _model(help="tanh, relu or softplus.")] = "tanh",
-    init: Annotated[str, _model(help="default (torch's) or paper: N(0, 0.01).")] = "default",
+    dataset: DatasetName = "digits",
+    root: DataRoot = None,
+    binarize: Binarize = None,
+    latent_dim: LatentDim = 20,
+    hidden_dims: HiddenDims = ["500"],  # noqa: B006 - typer copies it
+    likelihood: Likelihood = "bernoulli",
+    activation: Activation = "tanh",
+    init: Init = "default",
     objective: Annotated[str, _objective(help=_OBJECTIVE_HELP)] = "sgvb",
     num_particles: Annotated[int | None, _objective(help="Draws of z per datum and step (the paper's L).")] = None,
     estimator: Annotated[str | None, _objective(help="sgvb: A samples the KL term, B takes it in closed form.")] = None,
@@ -178,16 +197,16 @@ def train(
     num_updates: Annotated[int | None, _objective(help="mcem: updates for each minibatch's draws.")] = None,
     kl_warmup: Annotated[int | None, _objective(help="Raise the KL weight from 0 to 1 over so many samples.")] = None,
     prior_scale: Annotated[float | None, _objective(help=_PRIOR_HELP)] = None,
-    optimizer: Annotated[str, _training(help="Any of torch.optim by name, such as adagrad or adam.")] = "adagrad",
+    optimizer: OptimizerName = "adagrad",
     learning_rate: Annotated[float | None, _training(help="By default 0.02 for adagrad, else torch's own.")] = None,
-    batch_size: Annotated[int, _training(help="Data per step.")] = 100,
+    batch_size: BatchSize = 100,
     num_samples: Annotated[int | None, _training(help="Budget in training samples; 1,000,000 if no --epochs.")] = None,
     epochs: Annotated[int | None, _training(help="Budget in passes through the data.")] = None,
     max_grad_norm: Annotated[float | None, _training(help="Clip the gradient to this norm.")] = None,
     patience: Annotated[int | None, _training(help="Stop after so many evaluations without a better bound.")] = None,
-    evaluate_every: Annotated[int | None, _training(help=_EVALUATE_HELP)] = None,
+    evaluate_every: EvaluateEvery = None,
     seed: Annotated[int, _training(help="Seed of the random numbers.", min=0, max=2**32 - 1)] = 0,
-    device: Annotated[str | None, _training(help="Such as cpu or cuda.")] = None,
+    device: TrainingDevice = None,
     run_dir: Annotated[Path | None, _storage(help="New directory of the run; by default runs/DATASET-TIME.")] = None,
     resume: Annotated[Path | None, _storage(help="Go on with the run in this directory, bit for bit.")] = None,
     checkpoint_every: Annotated[int | None, _storage(help=_CHECKPOINT_HELP)] = None,
@@ -227,7 +246,7 @@ def train(
         run_dir=directory,
         **settings,
     )
-    _report_training(type(learner).__name__, run.history, run.stopped_early, directory)
+    _report_training(type(learner).__name__, run, directory)
 
 
 def _say(text: str) -> None:
@@ -292,14 +311,15 @@ def _resume(context: typer.Context, options: Mapping[str, Any]) -> None:
         tensorboard=options["tensorboard"],
         **settings,
     )
-    _report_training(type(learner).__name__, run.history, run.stopped_early, directory.path)
+    _report_training(type(learner).__name__, run, directory.path)
 
 
-def _report_training(objective: str, history: list[dict[str, Any]], stopped_early: bool, directory: Path) -> None:
-    row = max(history, key=lambda row: row.get("valid_bound", row["samples"]))  # of the parameters that were kept
+def _report_training(objective: str, run: Run, directory: Path) -> None:
+    row = run.kept
     table = Table(title=f"after {row['samples']:,} training samples, {row['seconds']:.0f} s of training")
-    for column in ("bound on log p(x)", "nats per datum", "standard error"):
-        table.add_column(column, justify="left" if column.startswith("bound") else "right")
+    quantity = "bound on log p(x)" if row.get("train_log_joint") is None else ""
+    for column in (quantity, "nats per datum", "standard error"):
+        table.add_column(column, justify="right" if column.endswith(("datum", "error")) else "left")
     for split in ("train", "valid", "test"):
         if (bound := row.get(f"{split}_bound")) is not None:
             error = row.get(f"{split}_bound_se")
@@ -308,25 +328,26 @@ def _report_training(objective: str, history: list[dict[str, Any]], stopped_earl
         table.add_row("train, log p(x, z)", f"{log_joint:.2f}", "")
     console.print(table)
     if "valid_bound" in row:
-        console.print(f"{'stopped early: ' if stopped_early else ''}parameters are those of the best validation bound")
+        console.print(
+            f"{'stopped early: ' if run.stopped_early else ''}parameters are those of the best validation bound"
+        )
     from pyro_vae.gallery import learning_curves
 
-    _save(learning_curves(objective, history), directory / "figures" / "curves.png")
-    _say(f"run directory: {directory}\nnext: pyro-vae evaluate {directory}\n      pyro-vae plot {directory}")
+    _save(learning_curves(objective, run.history), directory / "figures" / "curves.png")
+    scored = directory if "train_bound" in row and row["train_bound"] is not None else f"{directory} {_GUIDELESS}"
+    _say(f"run directory: {directory}\nnext: pyro-vae evaluate {scored}\n      pyro-vae plot {directory}")
 
 
 @_command("pyro-vae evaluate runs/mnist --num-particles 5000")
 def evaluate(
     context: typer.Context,
     run: RunPath,
-    method: Annotated[str, typer.Option(help=_METHOD_HELP)] = "importance",
-    num_particles: Annotated[
-        int | None, typer.Option(help="Draws or chains per datum (K); by default 1,000 for importance, 16 for ais.")
-    ] = None,
-    defensive: Annotated[float | None, typer.Option(help="importance: share of draws from the prior.")] = None,
-    num_steps: Annotated[int | None, typer.Option(help="ais: laws between start and posterior.")] = None,
-    initial: Annotated[str | None, typer.Option(help="ais: start at draws of the guide or of the prior.")] = None,
-    num_leapfrog: Annotated[int | None, typer.Option(help="ais, posterior-density: steps of a transition.")] = None,
+    method: Method = "importance",
+    num_particles: ScoreParticles = None,
+    defensive: Defensive = None,
+    num_steps: NumSteps = None,
+    initial: Initial = None,
+    num_leapfrog: NumLeapfrog = None,
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     num_data: Annotated[int | None, typer.Option(help="Score only the first so many data.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Data at a time.")] = 100,
@@ -347,17 +368,20 @@ def evaluate(
     if num_particles is None and method == "importance":
         num_particles = 1000
     stored = _load(run, device)
+    if not stored.has_trained_guide and (method == "importance" or (method == "ais" and initial != "prior")):
+        raise ValueError(f"{run} trained no guide to draw from: expected {_GUIDELESS} or --method posterior-density")
     data = _split(stored.dataset(root), split)
     data = replace(data, test=data.test[:num_data])
-    bound = pv.evaluate_bound(stored.program, data, seed=seed)
+    bound = pv.evaluate_bound(stored.program, data, seed=seed) if stored.has_trained_guide else None
     options |= {"method": method, "num_particles": num_particles}
     score = pv.log_marginal(stored.program, data, batch_size=batch_size, seed=seed, **options)
     table = Table(title=f"{data.name}, {split}: {len(score.values):,} data")
     for column in ("score", "nats per datum", "standard error"):
         table.add_column(column, justify="left" if column == "score" else "right")
-    if stored.has_trained_guide:
+    if bound is not None:
         table.add_row("lower bound (SGVB)", f"{bound.mean:.2f}", f"{bound.std_error:.2f}")
-    label = f"log p(x), {method}, {score.num_particles:,} particles"
+    chosen = "".join(f", {name}={value}" for name, value in score.options.items())
+    label = f"log p(x), {method}{chosen}, K = {score.num_particles:,}"
     table.add_row(label, f"{score.mean:.2f}", f"{score.std_error:.2f}")
     console.print(table)
     if score.num_particles > 1:
@@ -369,18 +393,20 @@ def evaluate(
             "run": str(run),
             "split": split,
             "num_data": len(score.values),
-            "bound": bound.mean,
-            "bound_se": bound.std_error,
+            "bound": None if bound is None else bound.mean,
+            "bound_se": None if bound is None else bound.std_error,
             "log_marginal": score.mean,
             "log_marginal_se": score.std_error,
             "log_marginal_mc_error": score.mc_error,
             "method": method,
             "num_particles": score.num_particles,
+            "options": score.options,
+            "seed": seed,
             "median_ess": score.diagnostics["ess"].median().item(),
             "least_ess": score.diagnostics["ess"].min().item(),
         }
         if "pareto_k" in score.diagnostics:
-            result["num_pareto_k_above_0.7"] = int((score.diagnostics["pareto_k"] > 0.7).sum())
+            result["num_pareto_k_above_0.7"] = score.num_heavy
         known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in result.items()}
         json_file.write_text(json.dumps(known, indent=2) + "\n")
 
@@ -392,29 +418,27 @@ def compare(
     learning_rate: Annotated[list[float] | None, _grid(help="Repeat it for a grid of learning rates.")] = None,
     seeds: Annotated[int, _grid(help="Trainings of each, with seeds 0, 1, ...", min=1)] = 3,
     n_jobs: Annotated[int, _grid(help="Trainings at a time, each in a process of its own; -1: one per core.")] = 1,
-    dataset: Annotated[
-        str, _data(help="A name (see `datasets`), a .npy or .npz file, or a folder of images.")
-    ] = "digits",
-    root: Annotated[Path | None, _data(help=_ROOT_HELP, envvar="PYRO_VAE_DATA")] = None,
-    binarize: Annotated[str | None, _data(help=_BINARIZE_HELP)] = None,
-    latent_dim: Annotated[int, _model(help="Dimension of z.")] = 20,
-    hidden_dims: Annotated[
-        list[str], _model(help="Widths of the encoder's hidden layers: 500, or 500,200; the decoder mirrors them.")
-    ] = ["500"],  # noqa: B006
-    likelihood: Annotated[str, _model(help="bernoulli (binary data) or gaussian (data from 0 to 1).")] = "bernoulli",
-    optimizer: Annotated[str, _training(help="Any of torch.optim by name, such as adagrad or adam.")] = "adagrad",
-    batch_size: Annotated[int, _training(help="Data per step.")] = 100,
+    dataset: DatasetName = "digits",
+    root: DataRoot = None,
+    binarize: Binarize = None,
+    latent_dim: LatentDim = 20,
+    hidden_dims: HiddenDims = ["500"],  # noqa: B006
+    likelihood: Likelihood = "bernoulli",
+    activation: Activation = "tanh",
+    init: Init = "default",
+    optimizer: OptimizerName = "adagrad",
+    batch_size: BatchSize = 100,
     num_samples: Annotated[int | None, _training(help="Budget of each in training samples; 100,000 if none.")] = None,
     epochs: Annotated[int | None, _training(help="Budget of each in passes through the data.")] = None,
-    method: Annotated[str, _scoring(help=_METHOD_HELP)] = "importance",
-    num_particles: Annotated[
-        int | None, _scoring(help="Draws or chains per datum (K); by default 1,000 for importance, 16 for ais.")
-    ] = None,
+    evaluate_every: EvaluateEvery = None,
+    device: TrainingDevice = None,
+    method: Method = "importance",
+    num_particles: ScoreParticles = None,
     num_data: Annotated[int | None, _scoring(help="Score only the first so many test data.")] = None,
-    defensive: Annotated[float | None, _scoring(help="importance: share of draws from the prior.")] = None,
-    num_steps: Annotated[int | None, _scoring(help="ais: laws between start and posterior.")] = None,
-    initial: Annotated[str | None, _scoring(help="ais: start at draws of the guide or of the prior.")] = None,
-    num_leapfrog: Annotated[int | None, _scoring(help="ais, posterior-density: steps of a transition.")] = None,
+    defensive: Defensive = None,
+    num_steps: NumSteps = None,
+    initial: Initial = None,
+    num_leapfrog: NumLeapfrog = None,
     refit_samples: Annotated[
         int | None, _scoring(help="Train every guide for so many samples more, the model held fixed, before scoring.")
     ] = None,
@@ -435,7 +459,7 @@ def compare(
     _say(f"{len(objectives) * max(1, len(rates)) * seeds} trainings on {data.name} in {directory}")
     found = pv.compare(
         objectives,
-        lambda: pv.VAE(shape, latent_dim, widths, likelihood),
+        lambda: pv.VAE(shape, latent_dim, widths, likelihood, activation, init),
         data,
         settings=rates or None,
         seeds=seeds,
@@ -445,6 +469,8 @@ def compare(
         batch_size=batch_size,
         num_samples=100_000 if num_samples is None and epochs is None else num_samples,
         epochs=epochs,
+        evaluate_every=evaluate_every,
+        device=device,
         method=method,
         num_particles=1000 if num_particles is None and method == "importance" else num_particles,
         num_data=num_data,
@@ -477,7 +503,10 @@ def _parse_objective(text: str) -> Any:
         raise ValueError(f"--objective {text}: {error}") from error
 
 
-def _number_or_text(text: str) -> int | float | str:
+def _number_or_text(text: str) -> int | float | str | bool | None:
+    words = {"true": True, "false": False, "none": None}
+    if text.strip().lower() in words:
+        return words[text.strip().lower()]
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)

@@ -28,7 +28,20 @@ from pyro.ops.dual_averaging import DualAveraging
 from pyro.ops.welford import WelfordCovariance
 from torch import Tensor
 
-__all__ = ["HMCInfo", "HMCState", "LogDensity", "adapt_step_size", "init", "leapfrog", "step", "tune_step_size"]
+__all__ = [
+    "JITTER",
+    "HMCInfo",
+    "HMCState",
+    "LogDensity",
+    "adapt_step_size",
+    "init",
+    "leapfrog",
+    "step",
+    "tune_step_size",
+]
+
+JITTER = 0.5
+"""A jitter that breaks orbits which close on themselves, for chains that must not come back to where they were."""
 
 LogDensity = Callable[[Tensor], Tensor]
 """Positions (*batch, J) -> log densities (*batch), each of its own position only; need not be normalised."""
@@ -75,8 +88,10 @@ def init(log_density: LogDensity, position: Tensor) -> HMCState:
         The state, without gradient history.
 
     Raises:
-        ValueError: the log density has another shape than the batch.
+        ValueError: the log density has another shape than the batch, or torch is in inference mode.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("Hamiltonian Monte Carlo follows gradients, which torch.inference_mode() takes away: leave it")
     position = position.detach().requires_grad_()
     with torch.enable_grad():
         value = log_density(position)

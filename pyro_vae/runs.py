@@ -41,7 +41,7 @@ class StoredRun:
     @property
     def has_trained_guide(self) -> bool:
         """Whether the objective trained the guide; Monte Carlo EM leaves it as it was."""
-        return bool(self.config.get("objective", {}).get("type") != "MCEM")
+        return bool(self.config.get("trains_guide", True))
 
     def dataset(self, root: str | os.PathLike[str] | None = None) -> Dataset:
         """The data set that the run was trained on.

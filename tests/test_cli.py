@@ -320,3 +320,13 @@ def test_compare_prints_the_table_and_goes_on(tmp_path):
 def test_bad_options_of_compare(tmp_path, arguments, message):
     assert message in refused("compare", *QUICK, "--run-dir", "c", *arguments)
     assert not list(tmp_path.glob("c/*/config.json"))
+
+
+def test_a_run_without_a_trained_guide_is_not_scored_by_it(tmp_path):
+    small = ("--dataset", "digits", "--latent-dim", "2", "--hidden-dims", "4", "--num-samples", "200")
+    trained = run("train", *small, "--objective", "mcem", "--run-dir", tmp_path / "m")
+    assert "--method ais --initial prior" in trained.output
+    assert "trained no guide" in refused("evaluate", tmp_path / "m")
+    few = ("--num-data", "3", "--num-steps", "3", "--num-particles", "2")
+    run("evaluate", tmp_path / "m", "--method", "ais", "--initial", "prior", *few, "--json", tmp_path / "s.json")
+    assert json.loads((tmp_path / "s.json").read_text())["bound"] is None

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae import hmc
-from pyro_vae.arguments import one_of, whole_number
+from pyro_vae.arguments import one_of, probability, whole_number
 from pyro_vae.evaluation.bounds import frozen
 from pyro_vae.evaluation.importance import chunk_sizes
 from pyro_vae.evaluation.score import Estimate
@@ -41,6 +41,7 @@ from pyro_vae.programs import HasModelAndGuide, LatentSpace, Program, as_program
 __all__ = ["AIS", "Sandwich", "bidirectional"]
 
 _COLLAPSED = 0.2
+_MANY, _UNEVEN = 8, 1.5
 _TUNING_RATE = 0.3
 
 
@@ -72,22 +73,33 @@ class AIS:
         for name, least in (("num_particles", 1), ("num_steps", 1), ("num_leapfrog", 1), ("num_pilot", 2)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         one_of("initial", self.initial, ("guide", "prior"))
-        if not 0 < self.target_accept < 1:
-            raise ValueError(f"target_accept: expected a number between 0 and 1, got {self.target_accept!r}")
+        probability("target_accept", self.target_accept)
 
     @property
     def at_once(self) -> int:
         """The pilot run's chains move together."""
         return self.num_pilot
 
+    def check(self, program: Program, args: Any, kwargs: Any) -> LatentSpace:
+        """The latents to move in.
+
+        Raises:
+            ValueError: they are discrete or shared by data, or the guide has no density to begin at.
+        """
+        space = LatentSpace(program.model, guide_of(program), args, kwargs)
+        if self.initial == "guide":
+            space.log_guide(space.density(space.draw_guide(1)))
+        return space
+
     def __call__(self, program: Program, args: Any, kwargs: Any, rows_at_once: int) -> Estimate:
         """Estimate log p(x) of a minibatch."""
-        annealing = self.prepare(LatentSpace(program.model, guide_of(program), args, kwargs))
+        annealing = self.prepare(self.check(program, args, kwargs))
         size = len(next(iter((*args, *kwargs.values()))))
         runs = [annealing.forward(count) for count in chunk_sizes(self.num_particles, size, rows_at_once)]
         summary = summarize_weights([log_w for log_w, _ in runs])
         acceptance = torch.cat([accepted for _, accepted in runs]).mean(0)
         _warn_of_collapse(acceptance)
+        _warn_of_uneven_weights(summary)
         return _estimate(summary, acceptance)
 
     def prepare(self, space: LatentSpace) -> Annealing:
@@ -229,6 +241,16 @@ def _warn_of_collapse(acceptance: Tensor) -> None:
             f"annealed importance sampling: the chains of {int(low.sum())} of {len(acceptance)} data hardly move, with "
             f"a mean acceptance down to {acceptance.min().item():.3f}; their estimates are far below log p(x). Take "
             "more steps (num_steps) or a higher target_accept",
+            stacklevel=2,
+        )
+
+
+def _warn_of_uneven_weights(summary: WeightSummary) -> None:
+    if summary.num_particles >= _MANY and summary.ess.median() < _UNEVEN:
+        warnings.warn(
+            "annealed importance sampling: single chains carry the weights, with a median effective sample size of "
+            f"{summary.ess.median().item():.2f} of {summary.num_particles}; such estimates are far below log p(x). "
+            "Take more steps (num_steps)",
             stacklevel=2,
         )
 

@@ -18,6 +18,7 @@ Every function leaves the program's parameters, the modules' modes and the globa
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -315,6 +316,7 @@ def amortization_gap(
     with frozen(opened.program, seed):
         for args, kwargs in opened.batches():
             space = LatentSpace(opened.program.model, opened.program.guide, args, kwargs)
+            space.require_unmasked("a Gaussian fitted to each datum")
             best = _fitted_gaussian(space, num_steps, learning_rate, num_particles)
             found.append(_bounds(space, best, draws))
     return InferenceGap(*(torch.cat(parts) for parts in zip(*found, strict=True)))
@@ -404,6 +406,7 @@ def gradient_snr(
     inputs = open_inputs(bridged, x, binarize=binarize, split="test")
     args, kwargs = inputs.call(inputs.tensors().drawn_once(seed).rows(slice(None)))
     moments: dict[str, _Moments] = {}
+    objective = copy.deepcopy(objective)  # one that keeps chains would move them
     with bridged.evaluation_mode(), forked_rng(), pyro.validation_enabled(False):
         pyro.set_rng_seed(seed)
         for _ in range(num_draws):

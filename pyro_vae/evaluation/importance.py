@@ -59,6 +59,15 @@ class ImportanceSampling:
         if self.defensive and self.num_particles < 2:
             raise ValueError(f"num_particles: expected at least 2 with a defensive share, got {self.num_particles}")
 
+    def check(self, program: Program, args: Any, kwargs: Any) -> None:
+        """A few draws, as they will be made.
+
+        Raises:
+            ValueError: the program has no guide, or latents that data share.
+        """
+        few = ImportanceSampling(2, self.defensive)
+        list(few._chunks(program, args, kwargs, 2))
+
     @property
     def at_once(self) -> int:
         """Particles come one by one if need be."""

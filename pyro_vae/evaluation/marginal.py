@@ -36,8 +36,9 @@ METHODS: dict[str, Any] = {
     "posterior-density": PosteriorDensity,
 }
 
-# Particles times data times their width in flight: 32 MB a tensor in float32, of which a pass holds about ten.
-_MAX_ELEMENTS = 8_000_000
+# Particles times data times their width in flight: 16 MB a tensor in float32, of which a pass holds about ten. (Tensors
+# of twice the size, just below what the C library's allocator gives back at once, made the peak vary by a gigabyte.)
+_MAX_ELEMENTS = 4_000_000
 
 
 def make_method(method: str, num_particles: int | None = None, **options: Any) -> Method:
@@ -79,7 +80,9 @@ def log_marginal(
             values do not depend on it but for the order of the noise.
         binarize: "dynamic" or "none"; None as the data set says, else "dynamic".
         seed: of the noise and of the binarisation; torch's own generators are left as they were.
-        **options: of the method: its class says which.
+        **options: of the method: ``defensive`` of "importance"; ``num_steps``, ``num_leapfrog``, ``initial``,
+            ``target_accept``, ``num_pilot`` of "ais"; ``num_chains``, ``num_warmup``, ``num_leapfrog``,
+            ``target_accept``, ``density`` of "posterior-density". Their classes say what they mean.
 
     Returns:
         Values per datum, their mean, errors and diagnostics.
@@ -94,6 +97,8 @@ def log_marginal(
         >>> score = log_marginal(model, torch.zeros(2, 3), num_particles=4)
         >>> bool(torch.allclose(score.values, model.log_marginal(torch.zeros(2, 3))))
         True
+        >>> log_marginal(model, torch.zeros(2, 3), method="ais", num_steps=20, initial="prior").num_particles
+        16
     """
     estimator = make_method(method, num_particles, **options)
     batch_size = whole_number("batch_size", batch_size)
@@ -110,7 +115,7 @@ def log_marginal(
     diagnostics = {n: torch.cat([estimate.diagnostics[n] for estimate in found]) for n in found[0].diagnostics}
     mc_error = math.sqrt(sum(estimate.variance.sum().item() for estimate in found)) / len(values)
     values = values.to(data.reader.dtype)  # sums were taken in double precision
-    return Score(values, mc_error, diagnostics, estimator.num_particles, method)
+    return Score(values, mc_error, diagnostics, estimator.num_particles, method, options)
 
 
 def _elements_per_row(program: Program, data: TensorData) -> int:

@@ -39,6 +39,9 @@ class Method(Protocol):
     def at_once(self) -> int:
         """How many particles of a datum must be in memory together, whatever the chunks."""
 
+    def check(self, program: Program, args: Any, kwargs: Any) -> Any:
+        """Refuse, with a ValueError, a program that cannot be scored so."""
+
     def __call__(self, program: Program, args: Any, kwargs: Any, rows_at_once: int) -> Estimate:
         """Estimate log p(x) of a minibatch, with at most so many particles times data in memory at a time."""
 
@@ -60,6 +63,7 @@ class Score:
             "posterior-density": "acceptance", and "r_hat", how far the chains agree, 1 where they do.
         num_particles: K.
         method: how it was estimated.
+        options: of the method, where they are not its defaults.
     """
 
     values: Tensor
@@ -67,6 +71,7 @@ class Score:
     diagnostics: dict[str, Tensor]
     num_particles: int
     method: str
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -78,18 +83,26 @@ class Score:
         """Standard error of the mean over data, nats per datum."""
         return mean_and_standard_error(self.values)[1]
 
+    @property
+    def num_heavy(self) -> int | None:
+        """Data whose Pareto k is above 0.7; None where no k is known (K < 50, or another method)."""
+        k = self.diagnostics.get("pareto_k")
+        return None if k is None or bool(k.isnan().all()) else int((k > 0.7).sum())
+
     def __repr__(self) -> str:
+        options = [f"{name}={value}" for name, value in self.options.items()]
+        how = ", ".join([self.method, *options, f"K={self.num_particles}"])
         return (
-            f"Score({self.method}, K={self.num_particles}: {self.mean:.2f} ± {self.std_error:.2f} nats over "
-            f"{len(self.values)} data; Monte Carlo error {self.mc_error:.2g}, {', '.join(self.remarks())})"
+            f"Score({how}: {self.mean:.2f} ± {self.std_error:.2f} nats over {len(self.values)} data; Monte Carlo error "
+            f"{self.mc_error:.2g}, {', '.join(self.remarks())})"
         )
 
     def remarks(self) -> list[str]:
         """What the diagnostics say, in words."""
         found = self.diagnostics
-        said = [f"median ESS {found['ess'].median().item():.1f}"]
-        if "pareto_k" in found:
-            said.append(f"Pareto k > 0.7 at {int((found['pareto_k'] > 0.7).sum())}")
+        said = [] if "r_hat" in found else [f"median ESS {found['ess'].median().item():.1f}"]
+        if self.num_heavy is not None:
+            said.append(f"Pareto k > 0.7 at {self.num_heavy} of {len(self.values)}")
         if "acceptance" in found:
             said.append(f"acceptance {found['acceptance'].mean().item():.2f}")
         if "r_hat" in found:

@@ -2,7 +2,7 @@
 
 A comparison is a grid of objectives x settings x seeds. Each member of it is one training, from initial parameters that
 depend on the seed alone, followed by one estimate of log p(x) on the same test data with the same noise. Learning
-curves show the same lower bound for all of them, whatever each one maximises.
+curves show the same lower bound for all of them, whatever each one maximises; Monte Carlo EM has none.
 
 Members know nothing of each other, so they run in as many processes as joblib is asked for. Each has a directory in
 ``run_dir``: its training can be resumed bit for bit, and its score is written once it is whole. A comparison that was
@@ -30,6 +30,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+import pyro_vae
 from pyro_vae.evaluation import Score
 from pyro_vae.experiments.comparison import HEAVY, Comparison, strict, write_json
 from pyro_vae.experiments.grid import (
@@ -45,12 +46,12 @@ from pyro_vae.experiments.grid import (
 from pyro_vae.objectives import SGVB
 from pyro_vae.programs import HasModelAndGuide
 from pyro_vae.training import Run, fit
-from pyro_vae.training.checkpoint import CheckpointError, RunDirectory
+from pyro_vae.training.checkpoint import CheckpointError, RunDirectory, RunDirectoryError
 from pyro_vae.training.interrupts import TrainingInterrupted
 
 __all__ = ["compare"]
 
-_MEASURED = ("log_marginal", "log_marginal_se", "mc_error", "test_bound", "samples", "seconds")
+_MEASURED = ("log_marginal", "log_marginal_se", "mc_error", "scored_bound", "test_bound", "samples", "seconds")
 
 
 def compare(
@@ -66,6 +67,7 @@ def compare(
     num_data: int | None = None,
     scorer_options: Mapping[str, Any] | None = None,
     refit_samples: int | None = None,
+    refit_objective: Any = None,
     reference_bound: float | None = None,
     n_jobs: int | None = None,
     progress: bool = True,
@@ -90,9 +92,10 @@ def compare(
         num_particles: of the scorer; None for the method's default.
         num_data: score only the first so many test data.
         scorer_options: further arguments of ``log_marginal``.
-        refit_samples: before scoring, train every program's guide for so many samples with theta held fixed, by
-            ``SGVB()`` and the optimiser of ``fit_settings``, from where training left it: the same for every row, so
-            that a score tells about the model and not about how its guide was trained.
+        refit_samples: before scoring, train every program's guide for so many samples with theta held fixed, by the
+            optimiser of ``fit_settings``, from where training left it: the same for every row, so that a score tells
+            about the model and not about how its guide was trained.
+        refit_objective: by what; None for ``SGVB()``. Discrete latents need another: ``ReweightedWakeSleep()``.
         reference_bound: test bound, in nats per datum, to which trainings are timed; None for the lowest that an
             objective and setting ends at (mean over seeds).
         n_jobs: processes, as joblib counts them (-1: one per core); None: as ``joblib.parallel_config`` says, else 1.
@@ -107,7 +110,7 @@ def compare(
     Raises:
         ValueError: before any training, for arguments, data or programs that are not as stated; the message says what
             was expected and what came.
-        RunDirectoryError: another process works in ``run_dir``.
+        RunDirectoryError: another process works in ``run_dir``, or it holds something else than a comparison.
         CheckpointError: ``run_dir`` holds a comparison with other settings.
         TrainingInterrupted: Ctrl-C or SIGTERM; what is done is kept in ``run_dir``.
 
@@ -125,15 +128,18 @@ def compare(
     require_objectives(objectives)
     members = make_grid(objectives, settings, fit_settings, seeds, run_dir)
     binarize = fit_settings.get("binarize")
-    scorer = Scorer(method, num_particles, num_data, scorer_options or {}, binarize, refit_samples)
+    refitter = SGVB() if refit_objective is None else refit_objective
+    require_objectives({"refit_objective": refitter})
+    scorer = Scorer(method, num_particles, num_data, scorer_options or {}, binarize, refit_samples, refitter)
     probe = Probe.of(program_factory, data, fit_settings, members[0].seed)
     probe.require_optimizers(members)
     scorer.require_guide(probe.program, objectives)
+    scorer.check(probe.program, probe.few)
     refit = None if refit_samples is None else refit_settings(fit_settings, refit_samples)
     plan = _Plan(program_factory, data, fit_settings.get("test"), scorer, probe.test_checksum, refit)
     with _alone_in(run_dir):
         for member in members:
-            probe.require_same(member, refit)
+            probe.require_same(member, refit, refitter)
         outcomes = _run_all(plan, members, n_jobs, progress)
         comparison = Comparison.of([(o["row"], o["history"]) for o in outcomes], reference_bound, plan.scored)
         if run_dir is not None:
@@ -170,6 +176,8 @@ def _alone_in(run_dir: str | os.PathLike[str] | None) -> Iterator[None]:
     """The only comparison in a directory, which says where things are when it is stopped."""
     try:
         with nullcontext() if run_dir is None else RunDirectory(Path(run_dir)).locked():
+            if run_dir is not None:
+                _claim(Path(run_dir))
             yield
     except KeyboardInterrupt as error:
         kept = "nothing was kept, for there is no run_dir"
@@ -177,6 +185,15 @@ def _alone_in(run_dir: str | os.PathLike[str] | None) -> Iterator[None]:
             kept = f"what was done is kept in {run_dir}: the same call goes on from there"
         number = getattr(error, "signal", signal.SIGINT)
         raise TrainingInterrupted(f"stopped by {signal.Signals(number).name}; {kept}", number) from None
+
+
+def _claim(folder: Path) -> None:
+    """Mark a new directory as a comparison's; refuse one that holds anything else."""
+    marker = folder / "comparison.json"
+    if not marker.exists():
+        if any(entry.name != ".lock" for entry in folder.iterdir()):
+            raise RunDirectoryError(f"{folder} is not empty and holds no comparison: choose another directory")
+        write_json(marker, {"pyro_vae_version": pyro_vae.__version__})
 
 
 class _Parallel(joblib.Parallel):  # type: ignore[misc]
@@ -285,22 +302,24 @@ def _train_and_score(plan: _Plan, member: Member) -> tuple[dict[str, Any], list[
         **member.fit,
     )
     if plan.refit is not None:
-        fit(program, plan.data, objective=SGVB(), run_dir=member.refit_folder, **stored, **plan.refit)
-    score = plan.scorer(program, held_out(plan.data, plan.test))
-    return _measured(run, score, member.settings.patience is not None), run.history
+        refitter = copy.deepcopy(plan.scorer.refit_objective)
+        fit(program, plan.data, objective=refitter, run_dir=member.refit_folder, **stored, **plan.refit)
+    test = held_out(plan.data, plan.test)
+    score, trains_guide = plan.scorer(program, test), plan.refit is not None or run.kept.get("test_bound") is not None
+    bound = plan.scorer.bound(program, test) if trains_guide else None
+    return _measured(run, score, bound), run.history
 
 
-def _measured(run: Run, score: Score, best_kept: bool) -> dict[str, Any]:
+def _measured(run: Run, score: Score, bound: float | None) -> dict[str, Any]:
     """A training's numbers, in the order of a row."""
-    kept = max(run.history, key=lambda row: row["valid_bound"]) if best_kept else run.history[-1]
-    heavy = score.diagnostics.get("pareto_k")
     return {
         "log_marginal": score.mean,
         "log_marginal_se": score.std_error,
         "mc_error": score.mc_error,
-        "median_ess": score.diagnostics["ess"].median().item(),
-        **({} if heavy is None else {HEAVY: int((heavy > 0.7).sum())}),
-        "test_bound": kept.get("test_bound"),
+        **({} if "r_hat" in score.diagnostics else {"median_ess": score.diagnostics["ess"].median().item()}),
+        **({} if score.num_heavy is None else {HEAVY: score.num_heavy}),
+        "scored_bound": bound,
+        "test_bound": run.kept.get("test_bound"),
         "samples": run.samples,
         "seconds": run.history[-1]["seconds"],
     }

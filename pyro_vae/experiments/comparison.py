@@ -35,7 +35,8 @@ class Comparison:
     Attributes:
         rows: one for each training, in the order of the grid: "objective", "setting" ("" where there is one only) and
             "seed"; "log_marginal", its standard error over data "log_marginal_se" and its Monte Carlo error "mc_error";
-            "median_ess" and "num_pareto_k_above_0.7" where the scorer has them; "test_bound" at the end of training;
+            "median_ess" and "num_pareto_k_above_0.7" where the scorer has them; "scored_bound", SGVB's lower bound on
+            the very data that were scored; "test_bound", on all test data, of the parameters that training kept;
             "samples" and "seconds" of training; "samples_to_bound" and "seconds_to_bound", at the first evaluation that
             was not below ``reference_bound``; "error", the message of a training that failed. Nats per datum; None for
             what is not known.
@@ -92,8 +93,8 @@ class Comparison:
         """A row for each objective and setting, over its seeds, in the order of the grid.
 
         Returns:
-            "objective", "setting"; means over the seeds that did not fail of "log_marginal" and "test_bound", with the
-            standard errors *over seeds* "log_marginal_se" and "test_bound_se" (None for one seed); the greatest
+            "objective", "setting"; means over the seeds that did not fail of "log_marginal", "scored_bound" and
+            "test_bound", with the standard errors *over seeds* "log_marginal_se", ... (None for one seed); the greatest
             "mc_error"; means of "median_ess", "num_pareto_k_above_0.7", "samples" and "seconds"; means of
             "samples_to_bound" and "seconds_to_bound" over the "n_reached" seeds that reached the reference bound;
             "n_ok" of "n" seeds that did not fail, and the first "error". None where there is nothing to average.
@@ -122,7 +123,7 @@ class Comparison:
             "objective": lambda e: e["objective"],
             "setting": lambda e: e["setting"],
             "log p(x)": lambda e: _with_error(e["log_marginal"], e["log_marginal_se"]),
-            "lower bound": lambda e: _with_error(e["test_bound"], e["test_bound_se"]),
+            "lower bound": lambda e: _with_error(e["scored_bound"], e["scored_bound_se"]),
             "median ESS": lambda e: _number(e.get("median_ess"), ".1f"),
             "k > 0.7": lambda e: _number(e.get(HEAVY), ".0f"),
             "seconds": lambda e: _number(e["seconds"], ",.1f"),
@@ -139,7 +140,7 @@ class Comparison:
             "Nats per datum, mean over seeds ± standard error over seeds.",
             f"log p(x): {_describe(self.scored)}{least}.",
             *([heavy] if any(e.get(HEAVY) is not None for e in entries) else []),
-            "Lower bound: SGVB's, on the test data at the end of training. Seconds: of training alone.",
+            "Lower bound: SGVB's, on the same data. Seconds: of training alone. To a bound: SGVB's on all test data.",
         ]
         failed = [e for e in entries if e["error"] is not None]
         notes += [f"{_label(e)}: {e['n'] - e['n_ok']} of {e['n']} failed: {e['error']}" for e in failed]
@@ -201,6 +202,8 @@ def strict(value: Any) -> Any:
         return [strict(part) for part in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)  # a repr's address differs between processes
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 
@@ -243,7 +246,7 @@ def _mean(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[float | None, f
 
 def _summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     entry: dict[str, Any] = {"objective": rows[0]["objective"], "setting": rows[0]["setting"]}
-    for name in ("log_marginal", "test_bound"):
+    for name in ("log_marginal", "scored_bound", "test_bound"):
         entry[name], entry[f"{name}_se"] = _mean(rows, name)
     entry["mc_error"] = max((row["mc_error"] for row in rows if row.get("mc_error") is not None), default=None)
     for name in ("median_ess", HEAVY, "samples", "seconds", "samples_to_bound", "seconds_to_bound"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from pyro_vae.arguments import one_of, whole_number
 from pyro_vae.data import Dataset
-from pyro_vae.evaluation import Score, log_marginal
+from pyro_vae.evaluation import Score, evaluate_bound, log_marginal
 from pyro_vae.evaluation.marginal import make_method
 from pyro_vae.inputs import open_inputs
 from pyro_vae.objectives import SGVB
@@ -32,7 +33,10 @@ __all__ = ["Member", "Probe", "Scorer", "held_out", "make_grid", "new_program", 
 
 _OWN = ("program", "data", "objective", "seed", "run_dir", "resume", "progress", "evaluate_with")
 _FOR_ALL = ("test", "binarize")  # what every member is scored on
-_REFIT = ("optimizer", "learning_rate", "batch_size", "binarize", "max_grad_norm", "device", "compile")
+_REFIT = (
+    *("optimizer", "learning_rate", "batch_size", "binarize", "max_grad_norm"),
+    *("device", "compile", "evaluate_every", "evaluation_size"),
+)
 _SEED = 0  # of the scorer's noise and binarisation
 
 
@@ -166,14 +170,16 @@ class Scorer:
     options: Mapping[str, Any]
     binarize: Any
     refit_samples: int | None
+    refit_objective: Any = None
+    estimator: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("method", "num_particles", "binarize", "seed"):
             if name in self.options:
                 raise ValueError(f"scorer_options: {name} cannot be set here: compare sets it, the same way for all")
         options = {name: value for name, value in self.options.items() if name not in ("batch_size", "max_elements")}
-        estimator = make_method(self.method, self.num_particles, **options)
-        object.__setattr__(self, "num_particles", estimator.num_particles)
+        object.__setattr__(self, "estimator", make_method(self.method, self.num_particles, **options))
+        object.__setattr__(self, "num_particles", self.estimator.num_particles)
         for name in ("num_data", "refit_samples"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, whole_number(name, value))
@@ -190,6 +196,20 @@ class Scorer:
             **self.options,
         )
 
+    def bound(self, program: HasModelAndGuide, test: Any) -> float:
+        """SGVB's lower bound on the data that are scored, nats per datum."""
+        bridged = as_program(program)
+        inputs = open_inputs(bridged, _first(test, self.num_data), binarize=self.binarize, split="test")
+        return evaluate_bound(bridged, inputs, SGVB(), seed=_SEED).mean
+
+    def check(self, program: Program, few: tuple[Any, Any]) -> None:
+        """Refuse a program that cannot be scored, or refitted, as it will be: before anything is trained."""
+        args, kwargs = few
+        with seeded(_SEED), program.evaluation_mode():
+            self.estimator.check(program, args, kwargs)
+            if self.refit_samples is not None:
+                copy.deepcopy(self.refit_objective).loss(program.model, program.guide, *args, **kwargs)
+
     def require_guide(self, program: Program, objectives: Mapping[str, Any]) -> None:
         """Refuse an estimator that needs a guide where there is none, or where an objective trains none."""
         if self.method not in ("importance", "ais") or self.options.get("initial") == "prior":
@@ -198,15 +218,16 @@ class Scorer:
         if not program.has_guide or (untrained and self.refit_samples is None):
             who = f"objective {untrained[0]!r} trains no guide" if program.has_guide else "the program has no guide"
             raise ValueError(
-                f'{who}, which method "{self.method}" needs: pass refit_samples (where the program has a guide), or '
-                'method="ais" with scorer_options={"initial": "prior"}'
+                f'{who}, which method "{self.method}" needs: pass refit_samples (--refit-samples; where the program '
+                'has a guide), or method="ais" with scorer_options={"initial": "prior"} (--method ais --initial prior)'
             )
 
     @property
     def description(self) -> dict[str, Any]:
         """What decides a score, beside the program and the data."""
         names = ("method", "num_particles", "num_data", "options", "refit_samples")
-        return {name: getattr(self, name) for name in names} | {"seed": _SEED}
+        known = {name: getattr(self, name) for name in names} | {"seed": _SEED}
+        return known | ({} if self.refit_samples is None else {"refit_objective": describe(self.refit_objective)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,6 +238,7 @@ class Probe:
     parameters: dict[str, Tensor]
     described: dict[str, Any]
     test_checksum: int
+    few: tuple[Any, Any]
 
     @classmethod
     def of(cls, factory: Any, data: Any, fit_settings: Mapping[str, Any], seed: int) -> Probe:
@@ -230,7 +252,8 @@ class Probe:
         program = as_program(made)
         with seeded(seed):
             inputs = open_inputs(program, data, binarize=binarize)
-            scored = open_inputs(program, test, binarize=binarize, split="test").tensors()
+            held = open_inputs(program, test, binarize=binarize, split="test")
+            scored, few = held.tensors(), held.call(held.tensors().rows(slice(0, 2)))
             open_inputs(as_program(other), data, binarize=binarize)
         parameters = program.named_parameters()
         if not parameters:
@@ -242,7 +265,7 @@ class Probe:
             "data": describe_data(data, inputs),
             "environment": {},
         }
-        return cls(program, parameters, described, checksum(scored.columns.values()))
+        return cls(program, parameters, described, checksum(scored.columns.values()), few)
 
     def require_optimizers(self, members: Iterable[Member]) -> None:
         """Refuse an optimiser that cannot be made for these parameters."""
@@ -250,11 +273,11 @@ class Probe:
             optimizer = given.get("optimizer", inspect.signature(fit).parameters["optimizer"].default)
             make_optimizer(optimizer, list(self.parameters.values()), given.get("learning_rate"))
 
-    def require_same(self, member: Member, refit: Mapping[str, Any] | None) -> None:
+    def require_same(self, member: Member, refit: Mapping[str, Any] | None, refitter: Any) -> None:
         """Refuse what a member's directory holds if it is another training."""
         self._require_same_run(member.folder, member.objective, member.settings)
         if refit is not None:
-            self._require_same_run(member.refit_folder, SGVB(), _checked({**refit, "seed": member.seed}))
+            self._require_same_run(member.refit_folder, refitter, _checked({**refit, "seed": member.seed}))
 
     def _require_same_run(self, folder: Path | None, objective: Any, settings: Settings) -> None:
         if folder is None or not (directory := RunDirectory(folder)).config_file.exists():

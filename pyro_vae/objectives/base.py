@@ -27,6 +27,17 @@ class Objective(ELBO):  # type: ignore[misc]
 
     Raises:
         ValueError: ``num_particles`` is not a whole number of at least 1.
+
+    Example:
+        >>> import torch, pyro_vae as pv
+        >>> class LowerBound(Objective):
+        ...     def bound(self, model, guide, *args, **kwargs):
+        ...         weights = pv.log_weights(model, guide, args, kwargs, num_particles=self.num_particles)
+        ...         return weights.log_w.mean(0)
+        ...     def differentiable_loss(self, model, guide, *args, **kwargs):
+        ...         return -self.bound(model, guide, *args, **kwargs).sum()
+        >>> pv.fit(pv.VAE((4,), 1, (3,)), torch.ones(20, 4), objective=LowerBound(), epochs=1).samples
+        20
     """
 
     def __init__(self, num_particles: int = 1) -> None:

@@ -12,9 +12,9 @@ from where its datum's last visit left it, and so follows the posterior as theta
 ``pyro.infer.SVI``, an iterable of batches) each visit begins at draws of the prior; take more transitions there.
 
 There is no bound on log p(x) here. What is logged is log p(x, z) at the chains' positions, the complete-data
-log-likelihood: it is no estimate of log p(x), and rises also when the posterior narrows. A model trained so is scored
-by what needs no guide (``log_marginal(..., method="ais", initial="prior")``, ``method="posterior-density"``), or after
-a guide has been fitted with theta held fixed: ``fit(..., trained="guide")``.
+log-likelihood: it is no estimate of log p(x), and may fall while log p(x) rises, or rise as the posterior narrows. A
+model trained so is scored by what needs no guide (``log_marginal(..., method="ais", initial="prior")``,
+``method="posterior-density"``), or after a guide has been fitted with theta held fixed: ``fit(..., trained="guide")``.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ import torch
 from torch import Tensor
 
 from pyro_vae import hmc
-from pyro_vae.arguments import whole_number
-from pyro_vae.objectives.base import Objective
-from pyro_vae.programs import LatentSpace, minibatch_scale
+from pyro_vae.arguments import probability, whole_number
+from pyro_vae.objectives.base import Objective, value_with_gradient_of
+from pyro_vae.programs import LatentSpace, evaluation_mode
 
 __all__ = ["MCEM"]
 
 _FIRST_STEP_SIZE = 0.1
-_JITTER = 0.5  # without it, orbits that close on themselves leave chains where they were, and theta fits to them
 _NO_ROWS = (
     "persistent: chains that persist need the data's row numbers: expected data as tensors or a data set in fit, got "
     "an iterable of batches, or no fit; MCEM(persistent=False, num_transitions=...) begins at the prior"
@@ -84,18 +83,16 @@ class MCEM(Objective):
         self.num_leapfrog = whole_number("num_leapfrog", num_leapfrog)
         self.num_updates = whole_number("num_updates", num_updates)
         self.num_transitions = whole_number("num_transitions", num_transitions)
-        if not 0 < target_accept < 1:
-            raise ValueError(f"target_accept: expected a number between 0 and 1, got {target_accept!r}")
         if persistent not in (None, True, False):
             raise ValueError(f"persistent: expected True, False or None, got {persistent!r}")
-        self.target_accept, self.persistent = float(target_accept), persistent
+        self.target_accept, self.persistent = probability("target_accept", target_accept), persistent
         self.reset()
 
     def reset(self) -> None:
         """Forget the step size and the chains of an earlier run."""
         self.step_size = torch.tensor(_FIRST_STEP_SIZE)
         self._chains: Tensor | None = None  # (K, N, J); not a number where a datum was never visited
-        self._held: Tensor | None = None
+        self._held: tuple[LatentSpace, Tensor] | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -105,13 +102,11 @@ class MCEM(Objective):
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Minus log p(x, z) at draws of the posterior, summed over the minibatch and scaled by N / M, in nats."""
-        space = LatentSpace(model, None, args, kwargs)
-        if self._held is None and self.persistent:
-            raise ValueError(_NO_ROWS)
-        draws = self._transitions(space, space.draw_prior(self.num_particles)) if self._held is None else self._held
+        space, draws = self._held or self._drawn(model, args, kwargs, None)
         density = space.density(draws)
-        log_joint = (density.log_likelihood + density.log_prior).mean(0)
-        return -minibatch_scale(model, args, kwargs) * log_joint.sum()
+        log_joint = (density.log_likelihood + density.log_prior).mean(0).sum()
+        # The draws are held fixed where no constraint, which may move with theta, bears on them: so Fisher's identity.
+        return -space.scale * value_with_gradient_of(log_joint, density.log_joint.mean(0).sum())
 
     def bound(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """There is none.
@@ -128,28 +123,31 @@ class MCEM(Objective):
         self, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], index: Tensor | None
     ) -> Iterator[None]:
         """The E-step, and then ``num_updates`` turns of the M-step with its draws held fixed."""
-        if index is None and self.persistent:
-            raise ValueError(_NO_ROWS)
-        space = LatentSpace(model, None, args, kwargs)
-        kept = None if self.persistent is False else index
-        self._held = self._transitions(space, self._start(space, kept))
-        if kept is not None:
-            self._keep(kept, self._held)
+        self._held = self._drawn(model, args, kwargs, index)
         try:
             for _ in range(self.num_updates):
                 yield
         finally:
             self._held = None
 
-    def _transitions(self, space: LatentSpace, position: Tensor) -> Tensor:
-        def log_density(u: Tensor) -> Tensor:
-            return space.density(u).log_joint
+    def _drawn(self, model: Any, args: Any, kwargs: Any, index: Tensor | None) -> tuple[LatentSpace, Tensor]:
+        """The E-step: where the minibatch's chains end. Modules are in evaluation mode, for one target to stay one."""
+        if index is None and self.persistent:
+            raise ValueError(_NO_ROWS)
+        with evaluation_mode(model):
+            space = LatentSpace(model, None, args, kwargs)
+            kept = None if self.persistent is False else index
+            draws = self._transitions(space, self._start(space, kept))
+        if kept is not None:
+            self._keep(kept, draws)
+        return space, draws
 
-        state = hmc.init(log_density, position)
+    def _transitions(self, space: LatentSpace, position: Tensor) -> Tensor:
+        state = hmc.init(space.log_density, position)
         for _ in range(self.num_transitions):
             step_size = self.step_size.to(position)
             state, info = hmc.step(
-                log_density, state, step_size=step_size, num_leapfrog=self.num_leapfrog, jitter=_JITTER
+                space.log_density, state, step_size=step_size, num_leapfrog=self.num_leapfrog, jitter=hmc.JITTER
             )
             self.step_size = hmc.tune_step_size(step_size, info.acceptance.mean(), self.target_accept)
         return state.position

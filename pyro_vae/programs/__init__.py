@@ -21,7 +21,15 @@ from pyro_vae.programs.check import ProgramCheck, check_program
 from pyro_vae.programs.dimensions import LatentSite, kl_by_dimension, latent_sites
 from pyro_vae.programs.dreams import Dream, dream
 from pyro_vae.programs.latent_space import Density, LatentSpace
-from pyro_vae.programs.program import HasModelAndGuide, Program, as_program, bind_arguments, guide_of, signature_of
+from pyro_vae.programs.program import (
+    HasModelAndGuide,
+    Program,
+    as_program,
+    bind_arguments,
+    evaluation_mode,
+    guide_of,
+    signature_of,
+)
 from pyro_vae.programs.sites import DATA_PLATE, minibatch_scale, same_minibatch
 from pyro_vae.programs.weights import LogWeights, draw_guide, draw_prior, log_guide, log_weights, model_parameters
 
@@ -41,6 +49,7 @@ __all__ = [
     "draw_guide",
     "draw_prior",
     "dream",
+    "evaluation_mode",
     "guide_of",
     "kl_by_dimension",
     "latent_sites",

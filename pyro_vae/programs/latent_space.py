@@ -23,6 +23,7 @@ from pyro_vae.programs.sites import (
     DATA_PLATE,
     T,
     base_name_of,
+    data_frame_of,
     each_particle,
     frame_of,
     is_delta,
@@ -77,6 +78,7 @@ class LatentSpace:
 
     Attributes:
         dim: J.
+        scale: N / M, the number of data over the size of the minibatch.
         sites: names of the latent sites, in ancestral order.
         masked: those of which a mask hides values: the density of u does not depend on them, nor has it an integral.
 
@@ -106,7 +108,24 @@ class LatentSpace:
         nesting = plate_nesting(model, guide, args, self._kwargs) if getattr(owner_of(model), "vectorize", True) else 0
         self._layouts = {name: _layout(name, site, nesting) for name, site in latent.items()}
         self.sites, self.dim = list(latent), sum(layout.size for layout in self._layouts.values())
+        self.scale = scale_of(data_frame_of(model_sites))
         self.masked = [name for name, site in latent.items() if not torch.as_tensor(innermost(site)[1]).all()]
+
+    def log_density(self, u: Tensor) -> Tensor:
+        """The unnormalised log posterior of vectors u (K, M, J), as one of u: (K, M), in nats."""
+        return self.density(u).log_joint
+
+    def require_unmasked(self, what: str) -> None:
+        """Refuse masked latents, over which the density of u has no integral.
+
+        Raises:
+            ValueError: there are some; names them, and ``what`` is asked for.
+        """
+        if self.masked:
+            raise ValueError(
+                f"{what} expects a density that can be normalised, but a mask hides values of the latent sites "
+                f'{self.masked}: use log_marginal(..., method="ais")'
+            )
 
     def draw_prior(self, num_particles: int) -> Tensor:
         """K draws of the prior, (K, M, J)."""
@@ -205,11 +224,11 @@ class _Layout:
 def _layout(name: str, site: Any, nesting: int) -> _Layout:
     frame, fn = frame_of(site, DATA_PLATE), site["fn"]
     if frame is None:
-        raise ValueError(f"a chain per datum moves that datum's latents, but site '{name}' is outside the data plate")
+        raise ValueError(f"expected latents that belong to a datum each, but site '{name}' is outside the data plate")
     support = support_of(fn)
     if support is None or support.is_discrete or is_delta(fn):
         raise ValueError(
-            f"Hamiltonian Monte Carlo needs continuous latents, but site '{name}' is drawn from {base_name_of(site)}: "
+            f"expected continuous latents, but site '{name}' is drawn from {base_name_of(site)}: "
             'use log_marginal(..., method="importance"), or a learning objective such as ReweightedWakeSleep'
         )
     batch_rank = site["value"].ndim - fn.event_dim

@@ -17,6 +17,7 @@ __all__ = [
     "PyroFunction",
     "as_program",
     "bind_arguments",
+    "evaluation_mode",
     "guide_of",
     "owner_of",
     "signature_of",
@@ -192,6 +193,12 @@ class _OwnParameters:
         contents = vars(pyro.get_param_store())
         vars(self.store).update(contents)
         contents.update(self._outer.pop())
+
+
+def evaluation_mode(function: PyroFunction) -> contextlib.AbstractContextManager[None]:
+    """The modules of a program's function in evaluation mode; nothing for a function of no Program."""
+    owner = owner_of(function)
+    return owner.evaluation_mode() if isinstance(owner, Program) else contextlib.nullcontext()
 
 
 def owner_of(function: PyroFunction) -> Any:

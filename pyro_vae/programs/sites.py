@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import Independent, constraints
 
 from pyro_vae.numerics import forked_rng
-from pyro_vae.programs.program import PyroFunction, owner_of
+from pyro_vae.programs.program import PyroFunction, evaluation_mode, owner_of
 
 __all__ = [
     "DATA_PLATE",
@@ -223,8 +223,8 @@ def plate_nesting(model: PyroFunction, guide: PyroFunction | None, args: Any, kw
 def plain_traces(
     model: PyroFunction, guide: PyroFunction | None, args: Any, kwargs: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Sample sites of one run of model and guide each, apart, leaving torch's generators as they were."""
-    with forked_rng(), torch.no_grad(), poutine.block():
+    """Sample sites of one run of model and guide each, apart, leaving generators and modules as they were."""
+    with forked_rng(), torch.no_grad(), poutine.block(), evaluation_mode(model):
         model_sites = _sample_sites(model, args, kwargs)
         return model_sites, {} if guide is None else _sample_sites(guide, args, kwargs)
 

@@ -195,7 +195,7 @@ def model_parameters(
         args: positional arguments: a minibatch.
         kwargs: keyword arguments.
     """
-    with forked_rng(), torch.enable_grad():
+    with forked_rng(), torch.enable_grad(), program.evaluation_mode():
         weights = log_weights(program.model, program.guide, args, kwargs, fixed=True)
         density = torch.stack([term.sum() for term in (weights.log_likelihood | weights.log_prior).values()]).sum()
         if not density.requires_grad:

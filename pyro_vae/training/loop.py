@@ -57,6 +57,7 @@ class Run:
         stopped_early: whether ``patience`` ended the run. Wherever ``patience`` was set, the parameters are those of
             the best validation bound, and not of the last row.
         run_dir: where it is stored, if it is.
+        best_bound: the best validation bound, if ``patience`` was set.
     """
 
     program: Any
@@ -64,6 +65,13 @@ class Run:
     samples: int
     stopped_early: bool
     run_dir: Path | None
+    best_bound: float | None = None
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """The row of the history whose parameters the program has."""
+        best = (row for row in self.history if self.best_bound is not None and row["valid_bound"] == self.best_bound)
+        return next(best, self.history[-1])
 
     def __repr__(self) -> str:
         last = self.history[-1] if self.history else {}
@@ -207,7 +215,7 @@ def fit(
             if tensorboard:
                 trainer.board = stack.enter_context(_tensorboard(directory, trainer.position.samples))
         stack.enter_context(pyro.validation_enabled(False))
-        stack.enter_context(_held_fixed(trainer.parameters, trainer.trained))
+        stack.enter_context(_held_fixed(bridged, trainer.parameters, trainer.trained))
         trainer.train(progress)
     position = trainer.position
     return Run(
@@ -216,15 +224,26 @@ def fit(
         position.samples,
         position.stopped_early,
         None if directory is None else directory.path,
+        position.best_bound,
     )
 
 
+def _parameters_of(module: torch.nn.Module) -> set[int]:
+    return {id(tensor) for tensor in module.parameters()}
+
+
 @contextlib.contextmanager
-def _held_fixed(parameters: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> Iterator[None]:
-    """No gradients for the parameters that are not trained."""
+def _held_fixed(program: Program, parameters: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> Iterator[None]:
+    """No gradients for the parameters that are not trained, and evaluation mode for modules that have no others."""
     fixed = [tensor for name, tensor in parameters.items() if name not in trained]
+    known = {id(tensor) for tensor in fixed}
+    modules = [m for module in program.modules().values() for m in module.modules()]
+    whole = [m for m in modules if known and _parameters_of(m) and _parameters_of(m) <= known]
+    quiet = [part for m in whole for part in m.modules() if part.training]
     for tensor in fixed:
         tensor.requires_grad_(False)
+    for part in quiet:
+        part.training = False
     try:
         with warnings.catch_warnings():
             if fixed:  # as is meant here
@@ -233,6 +252,8 @@ def _held_fixed(parameters: Mapping[str, Tensor], trained: Mapping[str, Tensor])
     finally:
         for tensor in fixed:
             tensor.requires_grad_(True)
+        for part in quiet:
+            part.training = True
 
 
 def _require_objective(objective: Any, argument: str = "objective", *, bound: bool = False) -> None:
@@ -354,6 +375,7 @@ class _Trainer:
             "pyro_vae_version": pyro_vae.__version__,
             "program": describe(program),
             "objective": describe(self.objective),
+            "trains_guide": self.has_bound,
             "evaluate_with": None if self.evaluated is None else describe(self.evaluated),
             "parameters": {name: list(tensor.shape) for name, tensor in self.parameters.items()},
             "data": describe_data(data, self.train_inputs),

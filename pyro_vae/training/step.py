@@ -98,6 +98,9 @@ def _backward(objective: Any, program: Program, args: tuple[Any, ...], kwargs: d
 def explain(program: Program, parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Which parameters and which sites are not finite, in words."""
     found = [f"parameter '{name}'" for name, tensor in parameters.items() if not tensor.isfinite().all()]
+    if not program.has_guide:
+        found.append("log p(x, z) where the chains are")
+        return f"not finite: {'; '.join(found)}"
     try:
         weights = log_weights(program.model, program.guide, args, kwargs)
     except (ValueError, RuntimeError) as error:

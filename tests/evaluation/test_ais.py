@@ -244,6 +244,12 @@ def test_far_data_are_found_by_small_steps():
     assert score(model, x, num_steps=100, initial="prior").mean == pytest.approx(truth, abs=0.5)
 
 
+def test_weights_that_one_chain_carries_are_warned_of():
+    x = torch.tensor([[90.0, 90.0, -90.0]])
+    with pytest.warns(UserWarning, match="single chains carry the weights.* of 16"):
+        score(program(), x, num_particles=16, num_steps=3, initial="prior")
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 1000])
 def test_the_schedule_rises_from_the_start_to_the_posterior(num_steps):
     betas = schedule(num_steps)
@@ -335,7 +341,7 @@ def test_masked_latents_do_not_matter(form):
     truth = (torch.tensor(stats.nbinom(2, 0.6).logpmf(x.numpy())) * keep).sum(-1)
     found = score(pv.Program(model), x, initial="prior", num_steps=60, num_particles=50)
     close(found.values, truth, atol=0.15)
-    with pytest.raises(ValueError, match=r"a mask hides values of sites \['z'\]"):
+    with pytest.raises(ValueError, match=r"a mask hides values of the latent sites \['z'\]"):
         pv.log_marginal(pv.Program(model), x, method="posterior-density")
 
 

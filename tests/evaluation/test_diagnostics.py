@@ -563,3 +563,17 @@ def test_a_variance_needs_two_data_and_two_particles():
         active_units(orthogonal(), torch.zeros(1, 3))
     with pytest.raises(ValueError, match="num_particles: expected a whole number of at least 2, got 1"):
         active_units(orthogonal(), torch.zeros(2, 3), num_particles=1)
+
+
+def test_masked_latents_have_no_gap():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(x > 0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0).mask(x > 0))
+
+    with pytest.raises(ValueError, match=r"mask hides values of the latent sites \['z'\]"):
+        amortization_gap(pv.Program(model, guide), torch.tensor([1.0, -1.0]), num_steps=2)

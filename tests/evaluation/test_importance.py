@@ -446,9 +446,11 @@ def test_a_score_in_shape_and_in_words(method):
     assert (score.method, score.num_particles) == (method, SMALL[method]["num_particles"])
     assert all(values.shape == (7,) for values in score.diagnostics.values())
     assert score.std_error == pytest.approx((score.values.var() / 7).sqrt().item())
-    assert repr(score).startswith(f"Score({method}, K={score.num_particles}: ")
+    assert repr(score).startswith(f"Score({method}, ")
+    assert f"K={score.num_particles}: " in repr(score)
+    assert all(f"{name}={value}" in repr(score) for name, value in score.options.items())
     assert all(remark in repr(score) for remark in score.remarks())
-    assert score.remarks()[0].startswith("median ESS")
+    assert score.remarks()[0].startswith("acceptance" if method == "posterior-density" else "median ESS")
     assert math.isfinite(score.mc_error)
 
 
@@ -491,7 +493,7 @@ def test_single_precision_programs(method):
 def test_densities_that_are_no_numbers_are_refused_naming_the_rows(method):
     p = tilted(lambda x: torch.where(x > 0, math.nan, 0.0))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="annealed importance sampling")
+        warnings.filterwarnings("ignore", message="annealed importance sampling|Appendix D")
         with pytest.raises(ValueError, match=r"2 of 5 data, rows \[2, 4\]"):
             score_by(method, p, torch.tensor([-1.0, -2.0, 1.0, -3.0, 2.0]), batch_size=2)
 
@@ -520,3 +522,11 @@ def test_methods_are_made_by_name(method):
     assert made.num_particles == SMALL[method]["num_particles"]
     assert make_method(method).num_particles == {"importance": 5000, "ais": 16, "posterior-density": 1000}[method]
     assert make_method(method, 40).num_particles == 40
+
+
+def test_an_unknown_pareto_k_is_not_a_small_one():
+    model = pv.LinearGaussian(torch.ones(3, 1), guide_widening=0.1)
+    few, many = (pv.log_marginal(model, torch.randn(20, 3), num_particles=k) for k in (40, 400))
+    assert few.num_heavy is None
+    assert "Pareto" not in repr(few)
+    assert many.num_heavy > 10

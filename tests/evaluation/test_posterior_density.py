@@ -115,7 +115,8 @@ def test_chains_that_do_not_agree_are_told_by_r_hat():
             z = pyro.sample("z", dist.Normal(torch.zeros(()), 10.0))
             pyro.sample("x", dist.Normal(z.abs(), 0.1), obs=x)
 
-    found = score(pv.Program(two_modes), torch.tensor([10.0, 12.0]), **SHORT)
+    with pytest.warns(UserWarning, match="the chains of 2 of 2 data do not agree, with R-hat"):
+        found = score(pv.Program(two_modes), torch.tensor([10.0, 12.0]), **SHORT)
     assert (found.diagnostics["r_hat"] > 2).all()
 
 
@@ -316,3 +317,10 @@ def test_bad_arguments(options, said):
 def test_the_shortest_warmup_works():
     x = oracles.example_data(3)
     assert score(model(), x, **SHORT | {"num_warmup": 2}).values.isfinite().all()
+
+
+def test_a_fitted_gaussian_is_as_narrow_as_each_dimension():
+    scales = torch.tensor([1.0, 1e-5])
+    draws = scales * torch.randn(4000, 1, 2)
+    exact = torch.distributions.Normal(0.0, scales).log_prob(draws).sum(-1)
+    assert (fit_gaussian(draws)(draws) - exact).abs().median() < 0.1

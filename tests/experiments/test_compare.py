@@ -207,7 +207,15 @@ def history(*bounds):
 def member(objective, seed, curve, log_marginal=-1.0, setting="", **more):
     final = curve[-1]["test_bound"] if curve else None
     row = {"objective": objective, "setting": setting, "seed": seed, "log_marginal": log_marginal, "mc_error": 0.1}
-    return {**row, "test_bound": final, "samples": 300, "seconds": 6.0, "error": None, **more}, curve
+    return {
+        **row,
+        "scored_bound": final,
+        "test_bound": final,
+        "samples": 300,
+        "seconds": 6.0,
+        "error": None,
+        **more,
+    }, curve
 
 
 def test_the_reference_is_the_bound_that_all_reach_and_times_are_to_it():
@@ -524,3 +532,48 @@ def test_a_program_without_a_guide_needs_a_scorer_without_one():
 
     with pytest.raises(ValueError, match="the program has no guide"):
         compare({"MCEM": pv.MCEM()}, factory, refit_samples=100)
+
+
+def network():
+    return pv.SigmoidBeliefNetwork((8, 8), (4,))
+
+
+@pytest.mark.parametrize(
+    ("factory", "options", "message"),
+    [
+        (lambda: pv.VAE((8, 8), 8, (4,)), {"method": "posterior-density"}, "at most 5 latent dimensions.*got 8"),
+        (network, {"method": "ais"}, "expected continuous latents, but site 'z_1'"),
+        (network, {"refit_samples": 100}, "site 'z_1'.*no reparameterised sample"),
+    ],
+)
+def test_a_scorer_that_cannot_work_is_refused_before_any_training(factory, options, message, monkeypatch):
+    monkeypatch.setattr("pyro_vae.experiments.compare.fit", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=message):
+        compare({"RWS": pv.ReweightedWakeSleep(2)}, factory, num_particles=None, **options)
+
+
+def test_discrete_guides_are_refitted_by_an_objective_of_theirs():
+    found = compare({"RWS": pv.ReweightedWakeSleep(2)}, network, refit_samples=100, refit_objective=pv.WakeSleep())
+    assert found.rows[0]["error"] is None
+    assert found.scored["refit_objective"]["type"] == "WakeSleep"
+
+
+def test_the_bound_beside_a_score_is_of_the_parameters_that_were_scored():
+    found = compare({"AEVB": pv.SGVB()}, patience=9, num_samples=500, evaluate_every=200)
+    history = found.histories["AEVB"][0]
+    assert [row["samples"] for row in history] == [200, 400, 500]
+    assert found.rows[0]["test_bound"] in [row["test_bound"] for row in history[:2]]
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "results.json").write_text("precious")
+    with pytest.raises(RunDirectoryError, match="is not empty and holds no comparison"):
+        compare(run_dir=tmp_path)
+    assert (tmp_path / "results.json").read_text() == "precious"
+
+
+def test_the_bound_in_the_table_is_on_the_scored_data():
+    """Where log p(x) is of few data, the bound beside it is of the same ones, and so below it."""
+    found = compare(num_data=5, num_particles=500)
+    assert all(row["scored_bound"] < row["log_marginal"] for row in found.rows)
+    assert all(row["scored_bound"] != row["test_bound"] for row in found.rows)

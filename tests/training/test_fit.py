@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
@@ -637,3 +638,40 @@ def test_early_stopping_is_by_the_reported_bound():
     run = pv.fit(model, x, objective=pv.MCEM(2), evaluate_with=Falling(), valid=x, patience=2, epochs=30, batch_size=20)
     assert run.stopped_early
     assert [row["valid_bound"] for row in run.history] == [-2.0, -4.0, -6.0]
+
+
+def test_running_statistics_of_a_model_that_is_held_fixed_do_not_move():
+    torch.manual_seed(0)
+    decoder, encoder = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), nn.Linear(3, 2)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            mean = decoder(z.reshape(-1, 1)).reshape(*z.shape[:-1], 3)
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    program, x = pv.Program(model, guide), torch.randn(40, 3)
+    pv.fit(program, x, epochs=1, batch_size=20)
+    buffers = {name: buffer.clone() for name, buffer in program.named_buffers().items()}
+    pv.fit(program, x, epochs=1, batch_size=20, trained="guide")
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in program.named_buffers().items())
+    assert decoder.training
+    pv.fit(program, x, epochs=1, batch_size=20)  # and do where it is not
+    assert any(not torch.equal(buffer, buffers[name]) for name, buffer in program.named_buffers().items())
+
+
+def test_the_kept_row_is_of_the_parameters_that_were_kept():
+    """The last row of a budget that ends off the rhythm never competes, however good it is."""
+    x = torch.randn(50, 3)
+    model = pv.LinearGaussian(torch.ones(3, 1))
+    run = pv.fit(model, x, valid=x, test=x, patience=9, batch_size=10, num_samples=130, evaluate_every=50)
+    assert [row["samples"] for row in run.history] == [50, 100, 130]
+    assert run.kept["samples"] in (50, 100)
+    assert pv.evaluate_bound(model, x).mean == pytest.approx(run.kept["test_bound"], abs=1e-9)
