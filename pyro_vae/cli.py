@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
-import math
 import os
 import sys
 import time
@@ -334,7 +332,7 @@ def _report_training(objective: str, run: Run, directory: Path) -> None:
     from pyro_vae.gallery import learning_curves
 
     _save(learning_curves(objective, run.history), directory / "figures" / "curves.png")
-    scored = directory if "train_bound" in row and row["train_bound"] is not None else f"{directory} {_GUIDELESS}"
+    scored = f"{directory} {_GUIDELESS}" if row.get("train_log_joint") is not None else directory
     _say(f"run directory: {directory}\nnext: pyro-vae evaluate {scored}\n      pyro-vae plot {directory}")
 
 
@@ -361,6 +359,7 @@ def evaluate(
 
     import pyro_vae as pv
     from pyro_vae.evaluation import METHODS
+    from pyro_vae.experiments.comparison import write_json
 
     _require_folder("--json", json_file)
     options = _given(context, _METHOD_OPTIONS)
@@ -407,8 +406,7 @@ def evaluate(
         }
         if "pareto_k" in score.diagnostics:
             result["num_pareto_k_above_0.7"] = score.num_heavy
-        known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in result.items()}
-        json_file.write_text(json.dumps(known, indent=2) + "\n")
+        write_json(json_file, result)
 
 
 @_command("pyro-vae compare --objective sgvb --objective iwae:num_particles=10 --learning-rate 0.02 --run-dir runs/c")

@@ -13,7 +13,7 @@ from pyro_vae.data import BatchIterable, Columns, Dataset, Reader, TensorData, a
 from pyro_vae.data.batches import is_grey, is_unscaled, require_range, require_valid
 from pyro_vae.programs import HasModelAndGuide, Program, ProgramCheck, as_program, check_program, signature_of
 
-__all__ = ["Inputs", "device_of", "move_to", "open_inputs"]
+__all__ = ["Inputs", "batch_size_of", "device_of", "move_to", "open_inputs"]
 
 _DRY_RUN = 100
 
@@ -51,6 +51,11 @@ class Inputs:
         if not isinstance(self.data, TensorData):
             raise ValueError("expected tensors or a data set here, got an iterable of batches")
         return self.data
+
+
+def batch_size_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """M, the number of data that a program is called with."""
+    return len(next(iter((*args, *kwargs.values()))))
 
 
 def device_of(program: Program) -> tuple[torch.device, torch.dtype]:

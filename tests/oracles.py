@@ -423,3 +423,9 @@ def gradients_per_datum(objective, toy) -> Tensor:
     found = torch.autograd.grad(-loss, parameters, allow_unused=True)
     rows = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
     return torch.cat([row.reshape(len(row), -1) for row in rows], 1)
+
+
+def gamma_poisson(x: Tensor) -> None:
+    """Counts x ~ Poisson(z), z ~ Gamma(2, 1.5): negative binomial, with posterior Gamma(2 + x, 2.5)."""
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Poisson(pyro.sample("z", dist.Gamma(torch.tensor(2.0), 1.5))), obs=x)

@@ -8,6 +8,7 @@ from scipy import stats
 
 from pyro_vae import hmc
 from pyro_vae.programs import LatentSpace
+from tests.oracles import gamma_poisson
 from tests.statistics import assert_mean_close
 
 SHAPE = 3.0
@@ -267,11 +268,6 @@ def test_tuning_follows_the_acceptance(target, first):
 
 
 # Constrained posteriors -----------------------------------------------------------------------------------------------
-
-
-def gamma_poisson(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Poisson(pyro.sample("z", dist.Gamma(torch.tensor(2.0), 1.5))), obs=x)
 
 
 def beta_bernoulli(x):

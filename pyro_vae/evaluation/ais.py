@@ -34,7 +34,7 @@ from pyro_vae.arguments import one_of, probability, whole_number
 from pyro_vae.evaluation.bounds import frozen
 from pyro_vae.evaluation.importance import chunk_sizes
 from pyro_vae.evaluation.score import Estimate
-from pyro_vae.inputs import open_inputs
+from pyro_vae.inputs import batch_size_of, open_inputs
 from pyro_vae.numerics import WeightSummary, mean_and_standard_error, summarize_weights
 from pyro_vae.programs import HasModelAndGuide, LatentSpace, Program, as_program, dream, guide_of
 
@@ -80,34 +80,38 @@ class AIS:
         """The pilot run's chains move together."""
         return self.num_pilot
 
-    def check(self, program: Program, args: Any, kwargs: Any) -> LatentSpace:
-        """The latents to move in.
+    def check(self, program: Program, args: Any, kwargs: Any) -> None:
+        """Evaluate the two ends of the path once.
 
         Raises:
-            ValueError: they are discrete or shared by data, or the guide has no density to begin at.
+            ValueError: latents are discrete or shared by data, or the guide has no density to begin at.
         """
-        space = LatentSpace(program.model, guide_of(program), args, kwargs)
-        if self.initial == "guide":
-            space.log_guide(space.density(space.draw_guide(1)))
-        return space
+        path, draw = self._start(LatentSpace(program.model, guide_of(program), args, kwargs))
+        path(draw(1))
 
     def __call__(self, program: Program, args: Any, kwargs: Any, rows_at_once: int) -> Estimate:
         """Estimate log p(x) of a minibatch."""
-        annealing = self.prepare(self.check(program, args, kwargs))
-        size = len(next(iter((*args, *kwargs.values()))))
-        runs = [annealing.forward(count) for count in chunk_sizes(self.num_particles, size, rows_at_once)]
+        annealing = self.prepare(LatentSpace(program.model, guide_of(program), args, kwargs))
+        counts = chunk_sizes(self.num_particles, batch_size_of(args, kwargs), rows_at_once)
+        runs = [annealing.forward(count) for count in counts]
         summary = summarize_weights([log_w for log_w, _ in runs])
         acceptance = torch.cat([accepted for _, accepted in runs]).mean(0)
         _warn_of_collapse(acceptance)
         _warn_of_uneven_weights(summary)
-        return _estimate(summary, acceptance)
+        diagnostics = {"ess": summary.ess, "acceptance": acceptance.double()}
+        return Estimate(summary.log_mean, summary.log_mean_variance, diagnostics)
 
     def prepare(self, space: LatentSpace) -> Annealing:
         """The laws between start and posterior, with step sizes from a pilot run."""
         betas = schedule(self.num_steps)
-        path = _from_guide(space) if self.initial == "guide" else _from_prior(space)
-        draw = space.draw_guide if self.initial == "guide" else space.draw_prior
+        path, draw = self._start(space)
         return Annealing(path, draw, betas, self._pilot(path, draw(self.num_pilot), betas), self.num_leapfrog)
+
+    def _start(self, space: LatentSpace) -> tuple[_Path, Callable[[int], Tensor]]:
+        """The path to the posterior, and draws of where it begins."""
+        if self.initial == "guide":
+            return _from_guide(space), space.draw_guide
+        return _from_prior(space), space.draw_prior
 
     def _pilot(self, path: _Path, position: Tensor, betas: list[float]) -> list[Tensor]:
         """Step sizes (M, J) for each transition, by one annealing run of chains that are then thrown away.
@@ -182,56 +186,32 @@ class Annealing:
 
     def forward(self, num_particles: int) -> tuple[Tensor, Tensor]:
         """Log weights of K chains per datum, and their mean acceptance, each (K, M)."""
-        state = hmc.init(_at(self.path, 0.0), self.draw(num_particles))
-        log_w, acceptance = torch.zeros_like(state.log_density, dtype=torch.float64), _Mean()
-        for beta, step_size in zip(self.betas[1:], [*self.step_sizes, None], strict=True):
-            target = _at(self.path, beta)
-            moved = hmc.init(target, state.position)
-            log_w += _difference(moved, state)  # log f_t(z) - log f_t-1(z)
-            state = moved if step_size is None else self._step(target, moved, step_size, acceptance)
-        return log_w, acceptance.value(log_w)
+        return self._anneal(self.draw(num_particles), self.betas, self.step_sizes)
 
     def backward(self, posterior: Tensor) -> tuple[Tensor, Tensor]:
         """Log weights of chains from draws of the posterior (K, M, J) to the start, and their mean acceptance."""
-        state = hmc.init(_at(self.path, 1.0), posterior)
-        log_w, acceptance = torch.zeros_like(state.log_density, dtype=torch.float64), _Mean()
-        for beta, step_size in zip(self.betas[-2::-1], [*self.step_sizes[::-1], None], strict=True):
+        log_ratio, acceptance = self._anneal(posterior, self.betas[::-1], self.step_sizes[::-1])
+        return -log_ratio, acceptance
+
+    def _anneal(self, position: Tensor, betas: list[float], step_sizes: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum over the laws, in this order, of log f_new(z) - log f_old(z), and the mean acceptance, each (K, M)."""
+        state = hmc.init(_at(self.path, betas[0]), position)
+        log_ratio = torch.zeros_like(state.log_density, dtype=torch.float64)
+        accepted = torch.zeros_like(state.log_density)
+        for beta, step_size in zip(betas[1:], [*step_sizes, None], strict=True):
             target = _at(self.path, beta)
             moved = hmc.init(target, state.position)
-            log_w += _difference(state, moved)
-            state = moved if step_size is None else self._step(target, moved, step_size, acceptance)
-        return log_w, acceptance.value(log_w)
-
-    def _step(self, target: hmc.LogDensity, state: hmc.HMCState, step_size: Tensor, acceptance: _Mean) -> hmc.HMCState:
-        state, info = hmc.step(target, state, step_size=step_size, num_leapfrog=self.num_leapfrog)
-        acceptance.add(info.acceptance)
-        return state
+            log_ratio += _difference(moved, state)
+            if step_size is not None:
+                state, info = hmc.step(target, moved, step_size=step_size, num_leapfrog=self.num_leapfrog)
+                accepted += info.acceptance
+        return log_ratio, accepted / len(step_sizes) if step_sizes else torch.ones_like(accepted)
 
 
 def _difference(new: hmc.HMCState, old: hmc.HMCState) -> Tensor:
     """The logarithm of a ratio of densities; 0 for 0 / 0, where the chain's weight is 0 already."""
     nowhere = (new.log_density == -math.inf) & (old.log_density == -math.inf)
     return torch.where(nowhere, 0.0, new.log_density - old.log_density)
-
-
-class _Mean:
-    """The mean of what was added; 1 where nothing was."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | float = 0.0
-        self.count = 0
-
-    def add(self, value: Tensor) -> None:
-        self.total, self.count = self.total + value, self.count + 1
-
-    def value(self, like: Tensor) -> Tensor:
-        return torch.ones_like(like) if self.count == 0 else torch.as_tensor(self.total / self.count)
-
-
-def _estimate(summary: WeightSummary, acceptance: Tensor) -> Estimate:
-    return Estimate(
-        summary.log_mean, summary.log_mean_variance, {"ess": summary.ess, "acceptance": acceptance.double()}
-    )
 
 
 def _warn_of_collapse(acceptance: Tensor) -> None:

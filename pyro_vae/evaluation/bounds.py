@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data import BatchIterable, Columns
-from pyro_vae.inputs import Inputs, open_inputs
+from pyro_vae.inputs import Inputs, batch_size_of, open_inputs
 from pyro_vae.numerics import forked_rng, mean_and_standard_error
 from pyro_vae.objectives import SGVB, Objective
 from pyro_vae.programs import HasModelAndGuide, Program, as_program, minibatch_scale
@@ -102,7 +102,7 @@ def evaluate_bound(
 def _values(program: Program, objective: Any, args: Any, kwargs: Any) -> Tensor:
     if isinstance(objective, Objective):
         return objective.bound(program.model, program.guide, *args, **kwargs)
-    size = len((*args, *kwargs.values())[0])
+    size = batch_size_of(args, kwargs)
     total = -objective.loss(program.model, program.guide, *args, **kwargs)
     scale = minibatch_scale(program.model, args, kwargs)  # N / M of this very batch, short or not
     return torch.full((size,), total / (scale * size))

@@ -30,6 +30,7 @@ from torch import Tensor
 from pyro_vae.arguments import whole_number
 from pyro_vae.evaluation.diagnostics import pareto_k
 from pyro_vae.evaluation.score import Estimate
+from pyro_vae.inputs import batch_size_of
 from pyro_vae.numerics import summarize_weights
 from pyro_vae.programs import LogWeights, Program, draw_prior, log_weights
 
@@ -87,7 +88,7 @@ class ImportanceSampling:
 
     def _chunks(self, program: Program, args: Any, kwargs: Any, rows: int) -> Iterator[Tensor]:
         """Log weights (K_i, M), so many particles at a time that K_i M stays within ``rows``."""
-        size = len(next(iter((*args, *kwargs.values()))))
+        size = batch_size_of(args, kwargs)
         from_prior = self._from_prior()
         for total, prior in ((self.num_particles - from_prior, False), (from_prior, True)):
             for count in chunk_sizes(total, size, rows):

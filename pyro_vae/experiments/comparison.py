@@ -18,6 +18,7 @@ from rich.table import Table
 
 import pyro_vae
 from pyro_vae.numerics import mean_and_standard_error
+from pyro_vae.training.checkpoint import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -189,9 +190,7 @@ def load_comparison(folder: str | os.PathLike[str]) -> Comparison:
 
 def write_json(file: Path, content: Any) -> None:
     """Write strict JSON, whole or not at all; what is NaN or infinite becomes null."""
-    new = file.with_name(file.name + ".new")
-    new.write_text(json.dumps(strict(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(new, file)
+    replace_file(file, (json.dumps(strict(content), indent=1, allow_nan=False) + "\n").encode())
 
 
 def strict(value: Any) -> Any:

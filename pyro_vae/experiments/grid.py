@@ -24,6 +24,7 @@ from pyro_vae.objectives import SGVB
 from pyro_vae.programs import HasModelAndGuide, Program, as_program
 from pyro_vae.training import fit
 from pyro_vae.training.checkpoint import CheckpointError, RunDirectory
+from pyro_vae.training.loop import require_objective
 from pyro_vae.training.optimizers import make_optimizer, optimizer_name
 from pyro_vae.training.provenance import checksum, describe, describe_data, require_same_run
 from pyro_vae.training.random_state import seeded
@@ -45,11 +46,7 @@ def require_objectives(objectives: Mapping[str, Any]) -> None:
     if not isinstance(objectives, Mapping) or not objectives:
         raise ValueError(f"objectives: expected a mapping from names to objectives, got {objectives!r}")
     for name, objective in objectives.items():
-        steps = any(hasattr(objective, method) for method in ("loss_and_grads", "differentiable_loss"))
-        if isinstance(objective, type) or not steps:
-            raise ValueError(
-                f"objective {name!r}: expected one such as pyro_vae.SGVB() or an ELBO of Pyro's, got {objective!r}"
-            )
+        require_objective(objective, f"objective {name!r}")
 
 
 def _overridden(settings: Any, fit_settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -69,7 +69,7 @@ def latent_sites(
         What each site is.
     """
     sites, _ = plain_traces(model, None, args, kwargs or {})
-    latent = {n: s for n, s in sites.items() if not (s["is_observed"] or s["infer"].get("_deterministic"))}
+    _, latent = observed_and_latent(sites)
     return {name: _latent_site(site) for name, site in latent.items()}
 
 
@@ -117,7 +117,7 @@ def kl_by_dimension(
                 f"not split into those of {sorted(drawn)}: write a guide that draws those sites themselves"
             )
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-        _, latent = observed_and_latent(prune_subsample_sites(model_trace))
+        _, latent = observed_and_latent(prune_subsample_sites(model_trace).nodes)
         require_same_sites(latent, drawn)
         if stray := [name for name, site in latent.items() if frame_of(site, DATA_PLATE) is None]:
             raise ValueError(f"a KL per datum needs every latent inside the data plate; sites outside it: {stray}")

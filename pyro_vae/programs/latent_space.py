@@ -37,7 +37,7 @@ from pyro_vae.programs.sites import (
     sum_per_datum,
     support_of,
 )
-from pyro_vae.programs.weights import draw_prior, log_guide, log_weights
+from pyro_vae.programs.weights import draw_guide, draw_prior, log_guide
 
 __all__ = ["Density", "LatentSpace"]
 
@@ -102,7 +102,7 @@ class LatentSpace:
     ) -> None:
         self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs or {}
         model_sites, _ = plain_traces(model, None, args, self._kwargs)
-        latent = {n: s for n, s in model_sites.items() if not (s["is_observed"] or s["infer"].get("_deterministic"))}
+        _, latent = observed_and_latent(model_sites)
         if not latent:
             raise ValueError("expected a model with latent sites, got one that only observes")
         nesting = plate_nesting(model, guide, args, self._kwargs) if getattr(owner_of(model), "vectorize", True) else 0
@@ -139,8 +139,7 @@ class LatentSpace:
             ValueError: there is no guide.
         """
         guide = self._required_guide()
-        weights = log_weights(self._model, guide, self._args, self._kwargs, num_particles=num_particles)
-        return self.from_latents(weights.latents)
+        return self.from_latents(draw_guide(self._model, guide, self._args, self._kwargs, num_particles))
 
     def log_guide(self, density: Density) -> Tensor:
         """Log density of the guide at the point that a density was taken at, as one of u: (K, M)."""
@@ -178,7 +177,7 @@ class LatentSpace:
     def _density(self, real: Mapping[str, Tensor]) -> Density:
         with _FromReal(real) as maps:
             trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
-        observed, latent = observed_and_latent(prune_subsample_sites(trace))
+        observed, latent = observed_and_latent(prune_subsample_sites(trace).nodes)
         stray = [name for name, site in observed.items() if frame_of(site, DATA_PLATE) is None]
         if stray:
             raise ValueError(f"log p(x, z) per datum needs every site in the data plate; outside it: {stray}")

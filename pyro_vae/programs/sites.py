@@ -115,9 +115,9 @@ def stack_terms(terms: dict[str, Tensor] | Sequence[dict[str, Tensor]]) -> dict[
     return {name: torch.stack([term[name] for term in terms]) for name in terms[0]}
 
 
-def observed_and_latent(model_trace: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Observed and latent sample sites of a model's trace, in ancestral order; deterministic ones are neither."""
-    sites = {name: site for name, site in model_trace.nodes.items() if site["type"] == "sample"}
+def observed_and_latent(nodes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Observed and latent sample sites among a model trace's nodes, in their order; deterministic ones are neither."""
+    sites = {name: site for name, site in nodes.items() if site["type"] == "sample"}
     sites = {name: site for name, site in sites.items() if not site["infer"].get("_deterministic")}  # no density
     observed = {name: site for name, site in sites.items() if site["is_observed"]}
     return observed, {name: site for name, site in sites.items() if name not in observed}

@@ -226,7 +226,7 @@ def _run(
         guide_trace, drawn, auxiliary = run_guide(guide, args, kwargs, latents)
     # Replayed with the subsamples of its plates: a plate that draws its own minibatch draws the guide's.
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-    observed, latent = observed_and_latent(prune_subsample_sites(model_trace))
+    observed, latent = observed_and_latent(prune_subsample_sites(model_trace).nodes)
     require_same_sites(latent, drawn)
     if reparameterized:
         _require_reparameterized(drawn | auxiliary)
@@ -290,7 +290,8 @@ def draw_prior(
     kwargs = kwargs or {}
 
     def run(_: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        _, latent = observed_and_latent(prune_subsample_sites(poutine.trace(model).get_trace(*args, **kwargs)))
+        trace = prune_subsample_sites(poutine.trace(model).get_trace(*args, **kwargs))
+        _, latent = observed_and_latent(trace.nodes)
         for name, site in latent.items():
             if not bool((torch.as_tensor(own_scale(site)) == 1).all()):
                 raise ValueError(

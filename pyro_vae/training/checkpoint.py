@@ -33,6 +33,7 @@ __all__ = [
     "RunDirectoryError",
     "copy_into",
     "model_tensors",
+    "replace_file",
 ]
 
 FORMAT_VERSION = 1
@@ -143,11 +144,11 @@ class RunDirectory:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write the run's configuration."""
-        _replace(self.config_file, json.dumps(config, indent=2).encode() + b"\n")
+        replace_file(self.config_file, json.dumps(config, indent=2).encode() + b"\n")
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Write the whole history anew, after a resume."""
-        _replace(self.metrics_file, "".join(json.dumps(row) + "\n" for row in history).encode())
+        replace_file(self.metrics_file, "".join(json.dumps(row) + "\n" for row in history).encode())
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add a line."""
@@ -281,7 +282,12 @@ def _write(file: Path, content: bytes) -> Path:
     return new
 
 
-def _replace(file: Path, content: bytes) -> None:
+def replace_file(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all, in the place of what it held.
+
+    Raises:
+        OSError: the disk is full or cannot be written; the file is untouched.
+    """
     os.replace(_write(file, content), file)
 
 

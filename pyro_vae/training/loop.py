@@ -38,7 +38,7 @@ from pyro_vae.training.provenance import describe, describe_data, describe_envir
 from pyro_vae.training.settings import Settings
 from pyro_vae.training.step import NonFiniteLossError, Step, eager_step
 
-__all__ = ["Run", "fit"]
+__all__ = ["Run", "fit", "require_objective"]
 
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
@@ -256,10 +256,20 @@ def _held_fixed(program: Program, parameters: Mapping[str, Tensor], trained: Map
             part.training = True
 
 
-def _require_objective(objective: Any, argument: str = "objective", *, bound: bool = False) -> None:
-    name, takes_steps = type(objective).__name__, hasattr(objective, "loss_and_grads")
-    if isinstance(objective, type) or not (takes_steps or hasattr(objective, "differentiable_loss")):
+def require_objective(objective: Any, argument: str = "objective") -> None:
+    """Refuse what cannot be an objective.
+
+    Raises:
+        ValueError: it is a class, or has no loss to take a step by.
+    """
+    takes_steps = any(hasattr(objective, method) for method in ("loss_and_grads", "differentiable_loss"))
+    if isinstance(objective, type) or not takes_steps:
         raise ValueError(f"{argument}: expected one such as pyro_vae.SGVB() or an ELBO of Pyro's, got {objective!r}")
+
+
+def _require_usable(objective: Any, argument: str = "objective", *, bound: bool = False) -> None:
+    require_objective(objective, argument)
+    name = type(objective).__name__
     if bound and not getattr(objective, "has_bound", True):
         raise ValueError(f"{argument}: expected an objective with a bound, such as pyro_vae.SGVB(), got {objective!r}")
     if not isinstance(objective, Objective) and name.startswith(("Jit", "ReweightedWakeSleep")):
@@ -281,11 +291,11 @@ class _Trainer:
         self.directory: RunDirectory | None = None
         self.board: Any = None
         self.best: dict[str, Tensor] = {}
-        _require_objective(objective)
+        _require_usable(objective)
         self.has_bound = getattr(objective, "has_bound", True)
         self.evaluated = evaluate_with if evaluate_with is not None else objective if self.has_bound else None
         if self.evaluated is not None:
-            _require_objective(self.evaluated, "evaluate_with", bound=True)
+            _require_usable(self.evaluated, "evaluate_with", bound=True)
         if self.evaluated is not None and not program.has_guide:
             raise ValueError(
                 f"expected a program with a guide, Program(model, guide), for {self.evaluated!r}; got {program!r}, "

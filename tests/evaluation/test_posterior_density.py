@@ -13,6 +13,7 @@ import pyro_vae as pv
 from pyro_vae.evaluation.posterior_density import PosteriorDensity, fit_gaussian
 from pyro_vae.programs import LatentSpace, as_program
 from tests import oracles
+from tests.oracles import gamma_poisson
 from tests.statistics import assert_mean_close
 
 SHORT = {"num_particles": 40, "num_chains": 4, "num_warmup": 10, "num_leapfrog": 5}
@@ -87,11 +88,6 @@ def test_the_fitted_gaussian_comes_close():
     assert (found.diagnostics["acceptance"] > 0.7).all()
     assert (found.diagnostics["ess"] > 8).all()  # of 10 chains
     assert "R-hat" in repr(found)
-
-
-def gamma_poisson(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Poisson(pyro.sample("z", dist.Gamma(torch.tensor(2.0), 1.5))), obs=x)
 
 
 def test_constrained_latents_are_fitted_without_constraints():
