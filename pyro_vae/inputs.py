@@ -93,14 +93,15 @@ def open_inputs(
     Args:
         program: what will observe the data.
         data: a tensor; a tuple (by position) or dict (by name) of tensors with an equal first dimension; a data set of
-            :func:`pyro_vae.load_dataset`, of which ``split`` is taken; or an iterable of batches.
+            :func:`pyro_vae.load_dataset`, of which ``split`` is taken; or an iterable of batches. Arrays serve as
+            tensors; those mapped from files (``numpy.load(..., mmap_mode="r")``) may be larger than memory.
         binarize: "dynamic" draws grey levels that a binary site observes, "none" refuses them. None: as the data set
             says, else "dynamic".
         split: "train", "valid" or "test".
         batch_size: rows of the dry run.
 
     Returns:
-        The data, on the program's device, with the reader that fits the program.
+        The data, on the program's device if there is room, with the reader that fits the program.
 
     Raises:
         ValueError: the data or the program are not as they should be; see :func:`pyro_vae.programs.check_program`.

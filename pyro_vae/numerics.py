@@ -21,6 +21,7 @@ __all__ = [
     "forked_rng",
     "log_mean_exp",
     "mean_and_standard_error",
+    "seeded",
     "summarize_weights",
 ]
 
@@ -136,3 +137,13 @@ def forked_rng() -> Iterator[None]:
     finally:
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators (torch's, numpy's and Python's), and put them back as they were on leaving."""
+    with forked_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - the global generator is meant
+        random.seed(seed)
+        yield

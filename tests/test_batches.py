@@ -1,11 +1,24 @@
 """Batches cut by index: every row once, in an order that depends on seed and epoch alone."""
 
 import itertools
+from zlib import crc32
 
 import pytest
 import torch
 
-from pyro_vae.data.batches import BatchIterable, Reader, TensorData, as_columns, is_grey, is_unscaled, require_valid
+from pyro_vae.data import batches as batches_module
+from pyro_vae.data.batches import (
+    BatchIterable,
+    Reader,
+    TensorData,
+    as_columns,
+    blocks,
+    is_grey,
+    is_unscaled,
+    require_range,
+    require_valid,
+)
+from pyro_vae.training.provenance import checksum
 
 PLAIN = Reader(torch.device("cpu"), torch.float64)
 
@@ -89,7 +102,16 @@ def test_stored_data_are_not_changed_by_reading():
     assert stored.tolist() == [[0, 255]]
 
 
-def test_float64_rows_that_are_read_are_views_or_copies_but_never_scaled_in_place():
+@pytest.mark.parametrize("index", [slice(None), slice(1, 3), torch.tensor([1])])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8, torch.bool])
+def test_a_program_may_write_into_what_it_is_given(dtype, index):
+    """Stored data may be a file that is mapped read-only: writing there ends the process."""
+    stored = torch.ones(4, 2, dtype=dtype)
+    TensorData({"x": stored}, PLAIN).rows(index)["x"].zero_()
+    assert stored.all()
+
+
+def test_float64_rows_that_are_read_are_never_scaled_in_place():
     stored = torch.rand(4, 2)
     kept = stored.clone()
     TensorData({"x": stored}, Reader(torch.device("cpu"), torch.float32)).rows(slice(None))
@@ -141,6 +163,112 @@ def test_only_the_first_column_is_reshaped_by_element_count():
     assert read["x"].flatten().tolist() == list(range(12))  # row-major
     with pytest.raises(ValueError, match="5 elements per datum"):
         reader({"x": torch.zeros(2, 5)})
+
+
+# Drawn once -----------------------------------------------------------------------------------------------------------
+
+
+def grey(num_data=2_500):
+    rows = torch.arange(num_data)
+    reader = Reader(torch.device("cpu"), torch.float32, data_shape=(3, 2), drawn=frozenset({"x"}))
+    return TensorData({"x": (rows % 256).to(torch.uint8)[:, None].expand(-1, 6), "row": rows}, reader)
+
+
+def drawn_at_once(data, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.bernoulli(data.columns["x"].float() / 255, generator=generator).reshape(-1, 3, 2)
+
+
+@pytest.mark.parametrize("num_data", [1, 999, 1000, 1001, None])
+@pytest.mark.parametrize("batch_size", [7, 500, 999, 1000, 5000])
+def test_draws_in_order_are_those_of_a_seed_whatever_the_batches(batch_size, num_data):
+    found = list(grey().drawn_once(3, num_data).in_order(batch_size))
+    assert torch.equal(torch.cat([b["x"] for b in found]), drawn_at_once(grey(), 3)[:num_data])
+    assert torch.equal(torch.cat([b["row"] for b in found]), torch.arange(num_data or 2_500))
+    assert all(len(b["x"]) == batch_size for b in found[:-1])
+
+
+@pytest.mark.parametrize(
+    "index",
+    [slice(None), slice(0, 100), slice(990, 1010), slice(5, -5), torch.tensor([2_400, 3, 3, 1_000])],
+)
+def test_draws_by_index_are_those_in_order(index):
+    found = grey().drawn_once(3).rows(index)
+    assert torch.equal(found["x"], drawn_at_once(grey(), 3)[index])
+    assert torch.equal(found["row"], torch.arange(2_500)[index])
+
+
+def test_draws_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
+    monkeypatch.setattr(batches_module, "_ELEMENTS_PER_DRAW", 6 * 13)  # as for very wide rows
+    assert torch.equal(grey().drawn_once(3).rows(slice(None))["x"], drawn_at_once(grey(), 3))
+
+
+def test_two_drawn_columns_are_drawn_alike_whatever_the_batches():
+    reader = Reader(torch.device("cpu"), torch.float64, drawn=frozenset({"a", "b"}))
+    data = TensorData({"a": torch.full((1_500, 9), 0.5), "b": torch.full((1_500,), 0.5)}, reader).drawn_once(0)
+    whole = data.rows(slice(None))
+    for name in ("a", "b"):
+        assert torch.equal(torch.cat([batch[name] for batch in data.in_order(70)]), whole[name])
+        assert whole[name].mean().item() == pytest.approx(0.5, abs=5 * 0.5 / whole[name].numel() ** 0.5)
+
+
+def test_drawing_leaves_torchs_generator_alone():
+    state = torch.get_rng_state()
+    list(grey().drawn_once(0).in_order(100))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Passes in blocks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(batches_module, "_ELEMENTS_IN_BLOCK", 12)
+
+
+@pytest.mark.parametrize("shape", [(10,), (10, 3), (10, 5, 7), (0, 3)])
+def test_blocks_cover_each_row_once_without_a_copy(small_blocks, shape):
+    column = torch.rand(shape)
+    found = blocks(column)
+    assert torch.equal(torch.cat(found), column)
+    assert all(block.untyped_storage().data_ptr() == column.untyped_storage().data_ptr() for block in found)
+    assert all(len(block) == 1 or block.numel() <= 12 for block in found)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_bad_rows_are_counted_over_all_blocks(small_blocks, bad, dtype):
+    x = torch.rand(50, 4).to(dtype)
+    x[[7, 8, 31], [0, 3, 2]] = bad
+    with pytest.raises(ValueError, match="3 of 50 rows, the first at row 7"):
+        require_valid({"x": x})
+
+
+def test_what_a_column_holds_is_found_in_its_last_block_too(small_blocks):
+    binary, levels = torch.zeros(40, 3), torch.zeros(40, 3, dtype=torch.uint8)
+    for column in (binary, levels):
+        assert not is_grey("x", column)
+        column[-1, -1] = 1
+    assert is_unscaled(levels)
+    assert not is_grey("x", binary)
+    assert not is_grey("x", levels, unscaled=True)
+    levels[-1, 0] = 2
+    assert not is_unscaled(levels)
+    assert is_grey("x", levels)
+    binary[-1, 0] = 0.5
+    assert is_grey("x", binary)
+    binary[0, 0], binary[-1, 0] = -0.5, 1.5
+    with pytest.raises(ValueError, match=r"values from -0\.5 to 1\.5"):
+        require_range("x", binary, (0.0, 1.0))
+    with pytest.raises(ValueError, match="values from 0 to 2"):
+        require_range("x", levels, (0.0, 1.0), unscaled=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float16, torch.float64, torch.bool])
+def test_a_checksum_does_not_depend_on_blocks_or_strides(small_blocks, dtype):
+    column = torch.randint(0, 2, (50, 6, 2)).to(dtype).transpose(0, 1)
+    expected = crc32(column.contiguous().view(torch.uint8).numpy().tobytes(), crc32(f"{dtype} (6, 50, 2)".encode()))
+    assert checksum([column]) == expected
 
 
 # Columns --------------------------------------------------------------------------------------------------------------

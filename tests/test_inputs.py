@@ -1,5 +1,8 @@
 """A user's data in every accepted form, checked against the program before anything is trained or scored."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -7,7 +10,7 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.data import Dataset
+from pyro_vae.data import Dataset, Reader, TensorData, as_columns
 from pyro_vae.inputs import device_of, open_inputs
 from pyro_vae.programs import as_program
 from tests import oracles
@@ -116,6 +119,112 @@ def test_a_data_loader_and_batches_by_name():
     args, kwargs = inputs.call(next(inputs.data.raw()))
     assert args == ()
     assert kwargs.keys() == {"inputs", "y"}
+
+
+# Arrays that are mapped from files ------------------------------------------------------------------------------------
+
+
+def mapped(folder, array, mode="r"):
+    np.save(folder / "stored.npy", array)
+    return np.load(folder / "stored.npy", mmap_mode=mode)
+
+
+def starts_in(tensor, array):
+    return array.ctypes.data <= tensor.data_ptr() < array.ctypes.data + array.nbytes
+
+
+@pytest.mark.parametrize("mode", ["r", "c", "r+"])
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: (x[1:],), lambda x: {"x": x}])
+@pytest.mark.parametrize("dtype", [np.float64, np.uint8, np.float16, bool])
+def test_columns_are_the_mapped_memory_itself(tmp_path, dtype, form, mode):
+    array = mapped(tmp_path, X.astype(dtype), mode)
+    data = open_inputs(bernoulli(), form(array)).tensors()
+    assert starts_in(data.columns["x"], array)
+    assert starts_in(data.drawn_once(0, 5).columns["x"], array)
+    _, columns = next(data.shuffled(3, seed=0, epoch=0))
+    assert len(columns["x"]) == 3
+    assert not starts_in(columns["x"], array)
+    assert np.array_equal(array, X.astype(dtype))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells which pages of a file a process has touched")
+def test_a_minibatch_reads_its_own_rows_alone(tmp_path):
+    """Of 4,000 rows of 64 kB, ten; the system may read their neighbours ahead."""
+    np.lib.format.open_memmap(tmp_path / "stored.npy", "w+", np.uint8, (4_000, 2**16)).flush()
+    array = np.load(tmp_path / "stored.npy", mmap_mode="r")
+    data = TensorData(as_columns(array, ("x",)), Reader(torch.device("cpu"), torch.float32))
+    before = pages_of_files()
+    next(data.shuffled(10, seed=0, epoch=0))
+    assert 0 < pages_of_files() - before < 20e6 < array.nbytes / 10
+
+
+def pages_of_files():
+    """Bytes of mapped files that this process has touched."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile"))
+
+
+def test_training_is_the_same_from_a_file(tmp_path):
+    bounds = []
+    for x in (np.random.default_rng(0).random((60, 6)), mapped(tmp_path, np.random.default_rng(0).random((60, 6)))):
+        torch.manual_seed(0)
+        run = pv.fit(pv.VAE((6,), latent_dim=1, hidden_dims=(3,)), x, test=x, batch_size=8, epochs=2)
+        bounds.append([(row["train_bound"], row["test_bound"]) for row in run.history])
+    assert bounds[0] == bounds[1]
+
+
+@pytest.mark.parametrize("kind", ["loader", "slices"])
+def test_batches_of_a_mapped_file(tmp_path, kind):
+    array = mapped(tmp_path, X)
+    loader = torch.utils.data.DataLoader(_Rows(array), batch_size=4)
+    batches = loader if kind == "loader" else [array[:4], array[4:]]
+    inputs = open_inputs(bernoulli(), batches)
+    found = [inputs.data.reader(columns)["x"] for columns in inputs.data.raw()]
+    assert torch.equal(torch.cat(found), torch.from_numpy(X))
+    assert not any(starts_in(x, array) for x in found)
+    assert pv.fit(pv.VAE((2, 3), latent_dim=1, hidden_dims=(3,)), batches, epochs=2).samples == 14
+
+
+class _Rows(torch.utils.data.Dataset):
+    def __init__(self, array):
+        self.array = array
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, row):
+        return torch.tensor(self.array[row])
+
+
+def test_unsigned_integers_that_torch_hardly_knows(tmp_path):
+    levels = np.arange(42, dtype=np.uint16).reshape(7, 6)
+    columns = read(open_inputs(gaussian_without_range(), mapped(tmp_path, levels)))
+    assert torch.equal(columns["x"].flatten(1), torch.from_numpy(levels.astype(float)))
+    with pytest.raises(ValueError, match=r"x.*\[0, 1\].*0 to 41"):
+        open_inputs(bernoulli(), levels)
+
+
+def gaussian_without_range():
+    vae = pv.VAE((2, 3), latent_dim=1, hidden_dims=(3,), likelihood="gaussian")
+    return pv.Program(vae.model, vae.guide, data_shape=(2, 3))
+
+
+UNUSABLE = {
+    "big-endian": lambda: X.astype(">f4"),
+    "backwards": lambda: X[::-1],
+    "of a type that torch lacks": lambda: X.astype(np.longdouble),
+    "unaligned": lambda: np.zeros(42 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(7, 6),
+    "a field": lambda: np.zeros((7, 6), [("label", "u1"), ("x", "f4")])["x"],
+}
+
+
+@pytest.mark.parametrize("array", UNUSABLE.values(), ids=UNUSABLE)
+@pytest.mark.parametrize("writeable", [True, False])
+def test_arrays_that_cannot_be_used_without_a_copy_are_refused(array, writeable):
+    x = array()
+    x.flags.writeable = writeable
+    with pytest.raises(ValueError, match=r"'x': expected an.* array.*got.*numpy\.array\(x"):
+        open_inputs(bernoulli(), x)
 
 
 # Binarisation ---------------------------------------------------------------------------------------------------------

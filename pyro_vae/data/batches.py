@@ -1,14 +1,17 @@
 """Batches: data sets cut by index, or iterables of batches, and the reader that turns stored data into model inputs.
 
-Data are *columns*: tensors by argument name with one row per datum. A data set that fits in memory stays there in its
-stored form (images as uint8), on the device of the computation; a batch is cut by index and only then scaled and
-binarised. No Python runs per datum.
+Data are *columns*: tensors by argument name with one row per datum. A data set stays in its stored form (images as
+uint8), on the device of the computation; a batch is cut by index and only then scaled and binarised. No Python runs per
+datum. Columns may be larger than memory (arrays that ``numpy.memmap`` maps from files, read-only ones too): nothing
+here copies a whole column or writes into one, and what looks at every number does so in blocks of rows.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +26,7 @@ __all__ = [
     "Reader",
     "TensorData",
     "as_columns",
+    "blocks",
     "is_grey",
     "is_unscaled",
     "require_range",
@@ -31,7 +35,8 @@ __all__ = [
 
 Columns = dict[str, Tensor]
 
-_ROWS_AT_ONCE = 1000  # bounds the memory of floating-point copies
+_ELEMENTS_IN_BLOCK = 2**20  # that fit in a processor's cache
+_ROWS_PER_DRAW, _ELEMENTS_PER_DRAW = 1000, 2**26  # part of what a seed means, on devices that draw in parallel
 
 
 def as_columns(data: Any, names: Sequence[str]) -> Columns | None:
@@ -65,12 +70,43 @@ def as_columns(data: Any, names: Sequence[str]) -> Columns | None:
 
 def _as_tensor(name: str, value: Any) -> Tensor:
     if isinstance(value, np.ndarray):
-        if value.dtype.kind not in "biuf":
-            raise ValueError(f"data '{name}': expected numbers, got an array of dtype {value.dtype}")
-        value = torch.from_numpy(value if value.flags.writeable else value.copy())
+        return _on_the_memory_of(name, value)
     if not isinstance(value, Tensor):
         raise ValueError(f"data '{name}': expected a tensor or a numpy array, got {type(value).__name__}")
     return value
+
+
+def _on_the_memory_of(name: str, array: np.ndarray[Any, Any]) -> Tensor:
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"data '{name}': expected numbers, got an array of dtype {array.dtype}")
+    if not array.flags.aligned:
+        raise ValueError(f"data '{name}': expected an aligned array, got an unaligned one; numpy.array(x) copies it")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written to
+            tensor: Tensor = torch.from_numpy(array)
+            return tensor
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"data '{name}': expected an array that torch can use without a copy (native byte order, positive strides, "
+            f"a type that torch has), got dtype {array.dtype.str} and strides {array.strides}; numpy.array(x, "
+            "dtype=...) copies it"
+        ) from error
+
+
+def blocks(column: Tensor) -> tuple[Tensor, ...]:
+    """Views of consecutive rows that cover a column, of bounded size: what a pass over it takes at a time."""
+    rows = max(1, _ELEMENTS_IN_BLOCK // max(1, column[:1].numel()))
+    cut: tuple[Tensor, ...] = column.split(rows)
+    return cut
+
+
+def _extremes(block: Tensor) -> tuple[float, float]:
+    try:
+        low, high = block.aminmax()
+    except NotImplementedError:  # such as uint16, of which torch can do little else than cast it
+        low, high = block.double().aminmax()
+    return low.item(), high.item()
 
 
 def require_valid(columns: Columns) -> None:
@@ -87,15 +123,26 @@ def require_valid(columns: Columns) -> None:
                 f"data '{name}': expected real numbers of shape (N, ...) with N > 0, "
                 f"got {column.dtype} of shape {tuple(column.shape)}"
             )
-        if column.is_floating_point() and not bool((finite := column.isfinite()).all()):
-            rows = (~finite.flatten(1).all(1) if column.ndim > 1 else ~finite).nonzero().flatten()
-            raise ValueError(
-                f"data '{name}': expected finite numbers, got NaN or infinity in {len(rows)} of {len(column)} rows, "
-                f"the first at row {rows[0].item()}"
-            )
+        if column.is_floating_point():
+            _require_finite(name, column)
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"expected tensors with an equal first dimension, got {lengths}")
+
+
+def _require_finite(name: str, column: Tensor) -> None:
+    seen, bad, first = 0, 0, 0
+    for block in blocks(column):
+        if not all(map(math.isfinite, _extremes(block))):  # NaN is both extremes
+            rows = (~block.isfinite().reshape(len(block), -1).all(1)).nonzero().flatten()
+            first = first if bad else seen + int(rows[0])
+            bad += len(rows)
+        seen += len(block)
+    if bad:
+        raise ValueError(
+            f"data '{name}': expected finite numbers, got NaN or infinity in {bad} of {len(column)} rows, the first at "
+            f"row {first}"
+        )
 
 
 @dataclass(frozen=True)
@@ -106,7 +153,7 @@ class Reader:
     then they are binary already. Other real numbers are cast to the floating-point type; wider integers (labels,
     lengths) are left alone. The first argument of a program that states its ``data_shape`` is cast in any case, and
     reshaped to it if its element count agrees. Grey levels that a binary site observes are probabilities of ink and are
-    drawn anew at each read (dynamic binarisation).
+    drawn anew at each read (dynamic binarisation). What is read is a copy always: a program may write into it.
 
     Attributes:
         device: where the program runs.
@@ -131,17 +178,28 @@ class Reader:
         return {name: torch.bernoulli(x) if name in self.drawn else x for name, x in read.items()}
 
     def _scale(self, name: str, column: Tensor) -> Tensor:
-        column = column.to(self.device, non_blocking=True)
-        if column.dtype == torch.uint8:
-            return column.to(self.dtype).div_(1 if name in self.unscaled else 255)
-        if column.is_floating_point() or column.dtype == torch.bool:
-            return column.to(self.dtype)
-        return column
+        moved = self._move(column)
+        if moved.dtype == torch.uint8:
+            return moved.to(self.dtype).div_(1 if name in self.unscaled else 255)
+        real = moved.is_floating_point() or moved.dtype == torch.bool
+        return moved.to(self.dtype if real else moved.dtype, copy=moved is column)
+
+    def _move(self, column: Tensor) -> Tensor:
+        if self.device.type == "cuda" and column.device.type == "cpu":
+            column = column.pin_memory()  # then the copy need not be waited for
+        return column.to(self.device, non_blocking=True)
 
 
 def is_unscaled(column: Tensor) -> bool:
     """Whether a uint8 column holds 0 and 1 rather than levels from 0 to 255."""
-    return column.dtype == torch.uint8 and column.max().item() == 1
+    if column.dtype != torch.uint8:
+        return False
+    highest = 0
+    for block in blocks(column):
+        highest = max(highest, int(block.max()))
+        if highest > 1:
+            break
+    return highest == 1
 
 
 def require_range(name: str, column: Tensor, limits: tuple[float, float], unscaled: bool = False) -> None:
@@ -150,10 +208,11 @@ def require_range(name: str, column: Tensor, limits: tuple[float, float], unscal
     Raises:
         ValueError: there are such values.
     """
-    if column.dtype == torch.bool:
+    levels = column.dtype == torch.uint8 and not unscaled
+    if column.dtype == torch.bool or (levels and limits[0] <= 0 and limits[1] >= 1):
         return
-    one = 255 if column.dtype == torch.uint8 and not unscaled else 1
-    low, high = column.min().item() / one, column.max().item() / one
+    lows, highs = zip(*map(_extremes, blocks(column)), strict=True)
+    low, high = min(lows) / (255 if levels else 1), max(highs) / (255 if levels else 1)
     if low < limits[0] or high > limits[1]:
         raise ValueError(
             f"data '{name}': expected values in [{limits[0]:g}, {limits[1]:g}], got values from {low:.4g} to {high:.4g}"
@@ -167,8 +226,10 @@ def is_grey(name: str, column: Tensor, unscaled: bool = False) -> bool:
         ValueError: there are values outside of that range.
     """
     require_range(name, column, (0.0, 1.0), unscaled)
-    one = 255 if column.dtype == torch.uint8 and not unscaled else 1
-    return column.dtype != torch.bool and not bool(((column == 0) | (column == one)).all())
+    if column.dtype == torch.bool or (column.dtype == torch.uint8 and unscaled):
+        return False
+    one = 255 if column.dtype == torch.uint8 else 1
+    return not all(bool(((block == 0) | (block == one)).all()) for block in blocks(column))
 
 
 def _reshape(column: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -182,7 +243,7 @@ def _reshape(column: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class TensorData:
-    """A data set that is in memory, cut by index.
+    """A data set that is cut by index, in memory or mapped from files.
 
     Attributes:
         columns: tensors by argument name, N rows each.
@@ -193,11 +254,16 @@ class TensorData:
     reader: Reader
 
     def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
+        return _length(self.columns)
 
     def resident(self) -> TensorData:
-        """The same data on the reader's device."""
-        return TensorData({name: c.to(self.reader.device) for name, c in self.columns.items()}, self.reader)
+        """The same data on the reader's device; left where they are if they would fill half of a GPU's free memory."""
+        device = self.reader.device
+        if device.type == "cuda":
+            size = sum(column.nbytes for column in self.columns.values() if column.device.type == "cpu")
+            if size > torch.cuda.mem_get_info(device)[0] / 2:
+                return self
+        return TensorData({name: c.to(device) for name, c in self.columns.items()}, self.reader)
 
     def drawn_once(self, seed: int, num_data: int | None = None) -> TensorData:
         """The first data, with grey levels that a binary site observes drawn once and for all.
@@ -208,18 +274,15 @@ class TensorData:
             seed: of the draws; torch's global generators are not used.
             num_data: how many data to take; None for all.
         """
-        columns = {name: column[:num_data] for name, column in self.columns.items()}
-        generator = torch.Generator(self.reader.device).manual_seed(seed)
-        plain = replace(self.reader, drawn=frozenset(), data_shape=None)
-        for name in self.reader.drawn & columns.keys():
-            grey = (plain({name: rows})[name] for rows in columns[name].split(_ROWS_AT_ONCE))
-            columns[name] = torch.cat([torch.bernoulli(x, generator=generator).to(torch.uint8) for x in grey])
+        columns = _rows(self.columns, slice(num_data))
+        if not self.reader.drawn:
+            return TensorData(columns, self.reader)
         unscaled = self.reader.unscaled | self.reader.drawn
-        return TensorData(columns, replace(self.reader, drawn=frozenset(), unscaled=unscaled))
+        return _DrawnOnce(columns, replace(self.reader, drawn=frozenset(), unscaled=unscaled), self.reader, seed)
 
     def rows(self, index: Tensor | slice) -> Columns:
         """Read the rows of an index (M,) or a slice."""
-        return self.reader({name: column[index] for name, column in self.columns.items()})
+        return self.reader(_rows(self.columns, index))
 
     def in_order(self, batch_size: int) -> Iterator[Columns]:
         """Every row once, in order; the last batch may be short."""
@@ -236,9 +299,83 @@ class TensorData:
             skip: batches to leave out at the start.
         """
         order = np.random.default_rng([seed, epoch]).permutation(len(self))
-        index = torch.from_numpy(order).to(self.reader.device)
+        index = torch.from_numpy(order).to(next(iter(self.columns.values())).device)
         for batch in itertools.islice(index.split(batch_size), skip, None):
-            yield batch, self.rows(batch)
+            yield batch.to(self.reader.device), self.rows(batch)
+
+
+def _length(columns: Columns) -> int:
+    return len(next(iter(columns.values())))
+
+
+def _rows(columns: Columns, index: Tensor | slice) -> Columns:
+    if isinstance(index, slice):
+        return {name: column[index] for name, column in columns.items()}
+    return {name: column[index.to(column.device)] for name, column in columns.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class _DrawnOnce(TensorData):
+    """Stored grey levels that read as binary data: the same draws always, made when they are asked for.
+
+    In order, they are drawn block by block as batches go by. Rows by index need what is drawn before them, so the drawn
+    columns are then kept, one byte a number.
+
+    Attributes:
+        grey: the reader of the stored columns; ``reader`` is that of the drawn ones.
+        seed: of the draws.
+    """
+
+    grey: Reader
+    seed: int
+
+    def rows(self, index: Tensor | slice) -> Columns:
+        if isinstance(index, Tensor):
+            return self._all.rows(index)
+        start, stop, step = index.indices(len(self))
+        return self._first(stop).rows(slice(start, stop, step))
+
+    def in_order(self, batch_size: int) -> Iterator[Columns]:
+        starts = range(0, len(self), batch_size)
+        for start, drawn in zip(starts, _regrouped(self._draw(len(self)), batch_size), strict=True):
+            yield self.reader(_rows(self.columns, slice(start, start + batch_size)) | drawn)
+
+    @functools.cached_property
+    def _all(self) -> TensorData:
+        return self._first(len(self))
+
+    def _first(self, stop: int) -> TensorData:
+        stored = _rows(self.columns, slice(stop))
+        return TensorData(stored | next(_regrouped(self._draw(stop), stop), {}), self.reader)
+
+    def _draw(self, stop: int) -> Iterator[Columns]:
+        """The drawn columns in blocks that cover the first rows; a block is the same wherever it stops."""
+        generator = torch.Generator(self.grey.device).manual_seed(self.seed)
+        plain = replace(self.grey, drawn=frozenset(), data_shape=None)
+        grey = {name: column for name, column in self.columns.items() if name in self.grey.drawn}
+        widest = max(column[:1].numel() for column in grey.values())
+        size = max(1, min(_ROWS_PER_DRAW, _ELEMENTS_PER_DRAW // max(1, widest)))
+        for start in range(0, stop, size):
+            block = plain({name: column[start : start + size] for name, column in grey.items()})
+            yield {n: torch.bernoulli(x, generator=generator).to(torch.uint8) for n, x in block.items()}
+
+
+def _regrouped(batches: Iterable[Columns], size: int) -> Iterator[Columns]:
+    """The rows of batches in batches of another size; the last may be short."""
+    held: list[Columns] = []
+    for batch in batches:
+        held.append(batch)
+        count = sum(map(_length, held))
+        if count >= size:
+            joined, whole = _joined(held), count - count % size
+            yield from (_rows(joined, slice(start, start + size)) for start in range(0, whole, size))
+            held = [_rows(joined, slice(whole, None))] if whole < count else []
+    if held:
+        yield _joined(held)
+
+
+def _joined(batches: list[Columns]) -> Columns:
+    return {name: torch.cat([columns[name] for columns in batches]) for name in batches[0]}
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from pyro_vae import hmc
 from pyro_vae.arguments import one_of, probability, whole_number
+from pyro_vae.compile import UNRECORDED, Recorder
 from pyro_vae.evaluation.bounds import frozen
 from pyro_vae.evaluation.importance import chunk_sizes
 from pyro_vae.evaluation.score import Estimate
@@ -89,7 +90,9 @@ class AIS:
         path, draw = self._start(LatentSpace(program.model, guide_of(program), args, kwargs))
         path(draw(1))
 
-    def __call__(self, program: Program, args: Any, kwargs: Any, rows_at_once: int) -> Estimate:
+    def __call__(
+        self, program: Program, args: Any, kwargs: Any, rows_at_once: int, recorder: Recorder = UNRECORDED
+    ) -> Estimate:
         """Estimate log p(x) of a minibatch."""
         annealing = self.prepare(LatentSpace(program.model, guide_of(program), args, kwargs))
         counts = chunk_sizes(self.num_particles, batch_size_of(args, kwargs), rows_at_once)

@@ -19,6 +19,7 @@ Particles come in chunks of bounded memory, and are reduced as if they had come 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.arguments import whole_number
+from pyro_vae.compile import UNRECORDED, Recorder
 from pyro_vae.evaluation.diagnostics import pareto_k
 from pyro_vae.evaluation.score import Estimate
 from pyro_vae.inputs import batch_size_of
@@ -67,16 +69,18 @@ class ImportanceSampling:
             ValueError: the program has no guide, or latents that data share.
         """
         few = ImportanceSampling(2, self.defensive)
-        list(few._chunks(program, args, kwargs, 2))
+        list(few._chunks(program, args, kwargs, 2, UNRECORDED))
 
     @property
     def at_once(self) -> int:
         """Particles come one by one if need be."""
         return 1
 
-    def __call__(self, program: Program, args: Any, kwargs: Any, rows_at_once: int) -> Estimate:
+    def __call__(
+        self, program: Program, args: Any, kwargs: Any, rows_at_once: int, recorder: Recorder = UNRECORDED
+    ) -> Estimate:
         """Estimate log p(x) of a minibatch."""
-        log_w = list(self._chunks(program, args, kwargs, rows_at_once))
+        log_w = list(self._chunks(program, args, kwargs, rows_at_once, recorder))
         summary = summarize_weights(log_w)
         k = pareto_k(torch.cat(log_w)).to(summary.ess.device)
         return Estimate(summary.log_mean, summary.log_mean_variance, {"ess": summary.ess, "pareto_k": k})
@@ -86,16 +90,28 @@ class ImportanceSampling:
         share = round(self.num_particles * self.defensive)
         return min(max(share, 1), self.num_particles - 1) if self.defensive else 0
 
-    def _chunks(self, program: Program, args: Any, kwargs: Any, rows: int) -> Iterator[Tensor]:
+    def _chunks(self, program: Program, args: Any, kwargs: Any, rows: int, recorder: Recorder) -> Iterator[Tensor]:
         """Log weights (K_i, M), so many particles at a time that K_i M stays within ``rows``."""
-        size = batch_size_of(args, kwargs)
+        size, names = batch_size_of(args, kwargs), tuple(kwargs)
         from_prior = self._from_prior()
+        state = [*program.named_parameters().values(), *program.named_buffers().values()]
         for total, prior in ((self.num_particles - from_prior, False), (from_prior, True)):
             for count in chunk_sizes(total, size, rows):
-                draws = draw_prior(program.model, program.guide, args, kwargs, count) if prior else None
-                weights = log_weights(program.model, program.guide, args, kwargs, num_particles=count, latents=draws)
-                _require_local(weights)
-                yield _defended(weights, from_prior / self.num_particles) if from_prior else weights.log_w
+                log_w = functools.partial(self._log_w, program, names, count, prior)
+                (chunk,) = recorder((names, count, prior), log_w, state)(*args, *kwargs.values())
+                yield chunk
+
+    def _log_w(
+        self, program: Program, names: tuple[str, ...], count: int, prior: bool, *tensors: Tensor
+    ) -> tuple[Tensor]:
+        """Log weights (K_i, M) of draws of the prior or the guide, for the arguments whose last ones have names."""
+        args = tensors[: len(tensors) - len(names)]
+        kwargs = dict(zip(names, tensors[len(args) :], strict=True))
+        draws = draw_prior(program.model, program.guide, args, kwargs, count) if prior else None
+        weights = log_weights(program.model, program.guide, args, kwargs, num_particles=count, latents=draws)
+        _require_local(weights)
+        from_prior = self._from_prior()
+        return (_defended(weights, from_prior / self.num_particles) if from_prior else weights.log_w,)
 
 
 def chunk_sizes(num_particles: int, size: int, rows_at_once: int) -> Iterator[int]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.arguments import one_of, whole_number
+from pyro_vae.compile import Recorder
 from pyro_vae.data import TensorData
 from pyro_vae.evaluation.ais import AIS
 from pyro_vae.evaluation.bounds import frozen
@@ -39,6 +40,7 @@ METHODS: dict[str, Any] = {
 # Particles times data times their width in flight: 16 MB a tensor in float32, of which a pass holds about ten. (Tensors
 # of twice the size, just below what the C library's allocator gives back at once, made the peak vary by a gigabyte.)
 _MAX_ELEMENTS = 4_000_000
+_WORTH_COMPILING = 4_000_000_000  # such numbers in all: half a minute's work for a core or two
 
 
 def make_method(method: str, num_particles: int | None = None, **options: Any) -> Method:
@@ -64,6 +66,7 @@ def log_marginal(
     max_elements: int = _MAX_ELEMENTS,
     binarize: str | None = None,
     seed: int = 0,
+    compile: bool = True,
     **options: Any,
 ) -> Score:
     """Estimate log p(x) of each datum, in nats.
@@ -80,6 +83,8 @@ def log_marginal(
             values do not depend on it but for the order of the noise.
         binarize: "dynamic" or "none"; None as the data set says, else "dynamic".
         seed: of the noise and of the binarisation; torch's own generators are left as they were.
+        compile: record what is computed for one minibatch after the other as a graph, and compile it where there is
+            work for half a minute or more; the numbers are the same but for rounding.
         **options: of the method: ``defensive`` of "importance"; ``num_steps``, ``num_leapfrog``, ``initial``,
             ``target_accept``, ``num_pilot`` of "ais"; ``num_chains``, ``num_warmup``, ``num_leapfrog``,
             ``target_accept``, ``density`` of "posterior-density". Their classes say what they mean.
@@ -108,8 +113,10 @@ def log_marginal(
     data = inputs.tensors().drawn_once(seed)
     rows_at_once = max(1, max_elements // _elements_per_row(bridged, data))
     size = min(batch_size, max(1, rows_at_once // estimator.at_once), max(1, max_elements // estimator.num_particles))
+    work = len(data) * estimator.num_particles * max_elements // rows_at_once
+    recorder = Recorder(compile, compiled=work > _WORTH_COMPILING)
     with frozen(bridged, seed):
-        found = [estimator(bridged, *inputs.call(columns), rows_at_once) for columns in data.in_order(size)]
+        found = [estimator(bridged, *inputs.call(columns), rows_at_once, recorder) for columns in data.in_order(size)]
     values = torch.cat([estimate.values for estimate in found])
     _require_finite(values)
     diagnostics = {n: torch.cat([estimate.diagnostics[n] for estimate in found]) for n in found[0].diagnostics}

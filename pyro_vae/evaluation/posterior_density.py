@@ -26,6 +26,7 @@ from torch.distributions import MultivariateNormal
 
 from pyro_vae import hmc
 from pyro_vae.arguments import probability, whole_number
+from pyro_vae.compile import UNRECORDED, Recorder
 from pyro_vae.evaluation.score import Estimate
 from pyro_vae.numerics import log_mean_exp, summarize_weights
 from pyro_vae.programs import LatentSpace, Program, guide_of
@@ -110,7 +111,9 @@ class PosteriorDensity:
         space.require_unmasked('method "posterior-density"')
         return space
 
-    def __call__(self, program: Program, args: Any, kwargs: Any, rows_at_once: int) -> Estimate:
+    def __call__(
+        self, program: Program, args: Any, kwargs: Any, rows_at_once: int, recorder: Recorder = UNRECORDED
+    ) -> Estimate:
         """Estimate log p(x) of a minibatch."""
         space = self.check(program, args, kwargs)
         draw = space.draw_guide if program.has_guide else space.draw_prior

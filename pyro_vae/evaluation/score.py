@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from pyro_vae.compile import UNRECORDED, Recorder
 from pyro_vae.numerics import mean_and_standard_error
 from pyro_vae.programs import Program
 
@@ -42,8 +43,13 @@ class Method(Protocol):
     def check(self, program: Program, args: Any, kwargs: Any) -> Any:
         """Refuse, with a ValueError, a program that cannot be scored so."""
 
-    def __call__(self, program: Program, args: Any, kwargs: Any, rows_at_once: int) -> Estimate:
-        """Estimate log p(x) of a minibatch, with at most so many particles times data in memory at a time."""
+    def __call__(
+        self, program: Program, args: Any, kwargs: Any, rows_at_once: int, recorder: Recorder = UNRECORDED
+    ) -> Estimate:
+        """Estimate log p(x) of a minibatch, with at most so many particles times data in memory at a time.
+
+        What is done again and again for tensors of the same shapes goes through the recorder.
+        """
 
 
 @dataclass(frozen=True, eq=False)

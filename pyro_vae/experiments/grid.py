@@ -20,6 +20,7 @@ from pyro_vae.data import Dataset
 from pyro_vae.evaluation import Score, evaluate_bound, log_marginal
 from pyro_vae.evaluation.marginal import make_method
 from pyro_vae.inputs import open_inputs
+from pyro_vae.numerics import seeded
 from pyro_vae.objectives import SGVB
 from pyro_vae.programs import HasModelAndGuide, Program, as_program
 from pyro_vae.training import fit
@@ -27,7 +28,6 @@ from pyro_vae.training.checkpoint import CheckpointError, RunDirectory
 from pyro_vae.training.loop import require_objective
 from pyro_vae.training.optimizers import make_optimizer, optimizer_name
 from pyro_vae.training.provenance import checksum, describe, describe_data, require_same_run
-from pyro_vae.training.random_state import seeded
 from pyro_vae.training.settings import Settings
 
 __all__ = ["Member", "Probe", "Scorer", "held_out", "make_grid", "new_program", "refit_settings", "require_objectives"]

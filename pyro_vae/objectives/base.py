@@ -63,6 +63,10 @@ class Objective(ELBO):  # type: ignore[misc]
         """
         yield
 
+    def held(self) -> tuple[Tensor, ...]:
+        """Tensors of the minibatch, beside its data, that :meth:`updates` made and the loss reads: here, none."""
+        return ()
+
     def reset(self) -> None:
         """Forget what earlier minibatches left behind, as a run of :func:`pyro_vae.fit` begins: here, nothing."""
 

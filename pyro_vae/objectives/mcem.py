@@ -130,6 +130,10 @@ class MCEM(Objective):
         finally:
             self._held = None
 
+    def held(self) -> tuple[Tensor, ...]:
+        """The draws that an M-step holds fixed."""
+        return () if self._held is None else (self._held[1],)
+
     def _drawn(self, model: Any, args: Any, kwargs: Any, index: Tensor | None) -> tuple[LatentSpace, Tensor]:
         """The E-step: where the minibatch's chains end. Modules are in evaluation mode, for one target to stay one."""
         if index is None and self.persistent:

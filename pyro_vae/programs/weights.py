@@ -293,7 +293,8 @@ def draw_prior(
         trace = prune_subsample_sites(poutine.trace(model).get_trace(*args, **kwargs))
         _, latent = observed_and_latent(trace.nodes)
         for name, site in latent.items():
-            if not bool((torch.as_tensor(own_scale(site)) == 1).all()):
+            scale = own_scale(site)
+            if not (bool((scale == 1).all()) if isinstance(scale, Tensor) else scale == 1):
                 raise ValueError(
                     f"site '{name}' has its prior scaled (poutine.scale), so that draws of it do not have the density "
                     'it is given: what begins at the prior cannot be used here; log_marginal(..., method="importance") '

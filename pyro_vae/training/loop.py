@@ -27,16 +27,18 @@ import pyro_vae
 from pyro_vae.data import BatchIterable, Columns, Dataset, TensorData
 from pyro_vae.evaluation import BoundEstimate, evaluate_bound
 from pyro_vae.inputs import Inputs, move_to, open_inputs
+from pyro_vae.numerics import seeded
 from pyro_vae.objectives import SGVB, Objective
 from pyro_vae.programs import HasModelAndGuide, Program, as_program, model_parameters
 from pyro_vae.training import random_state
 from pyro_vae.training.checkpoint import Checkpoint, RunDirectory, copy_into, model_tensors
+from pyro_vae.training.compiled import CompiledStep
 from pyro_vae.training.interrupts import Signals, TrainingInterrupted
 from pyro_vae.training.optimizers import OptimizerLike, load_state, make_optimizer, optimizer_name, state_tensors
 from pyro_vae.training.progress import progress_bar
 from pyro_vae.training.provenance import describe, describe_data, describe_environment, require_same_run
 from pyro_vae.training.settings import Settings
-from pyro_vae.training.step import NonFiniteLossError, Step, eager_step
+from pyro_vae.training.step import Batch, EagerStep, NonFiniteLossError
 
 __all__ = ["Run", "fit", "require_objective"]
 
@@ -58,6 +60,7 @@ class Run:
             the best validation bound, and not of the last row.
         run_dir: where it is stored, if it is.
         best_bound: the best validation bound, if ``patience`` was set.
+        path: how its last steps were taken: "eager", "captured" (recorded as a graph) or "compiled".
     """
 
     program: Any
@@ -66,6 +69,7 @@ class Run:
     stopped_early: bool
     run_dir: Path | None
     best_bound: float | None = None
+    path: str = "eager"
 
     @property
     def kept(self) -> dict[str, Any]:
@@ -91,6 +95,8 @@ class _Position:
     best_bound: float | None = None
     evaluations_since_best: int = 0
     stopped_early: bool = False
+    steps: int = 0
+    refused: str | None = None  # why its steps are eager for good
     log_joint: float = 0.0  # mean over the samples since the last row, for objectives without a bound
     since_row: int = 0
 
@@ -124,6 +130,7 @@ def fit(
     tensorboard: bool = False,
     trained: Literal["all", "guide"] = "all",
     evaluate_with: Any = None,
+    precision: Literal["full", "bf16"] = "full",
 ) -> Run:
     """Train a program on data by stochastic gradients of a bound (arXiv:1312.6114, Algorithm 1).
 
@@ -132,7 +139,9 @@ def fit(
             ``Program(model, guide)`` of your own functions.
         data: a tensor (N, ...); a tuple (by position) or dict (by name) of tensors with an equal first dimension, which
             is one data set; a result of :func:`pyro_vae.load_dataset`, whose test split is then evaluated; or an
-            iterable of batches (a DataLoader), which can be iterated over again.
+            iterable of batches (a DataLoader), which can be iterated over again. Arrays mapped from files
+            (``numpy.load(path, mmap_mode="r")``) may be larger than memory: they are read in blocks and by minibatch,
+            never copied as a whole and never written to.
         objective: what to maximise: an objective of this package (None: ``SGVB()``) or any ELBO of Pyro's.
         optimizer: a name or class of ``torch.optim``, or a function of the parameters that returns an optimiser.
         learning_rate: None for 0.02 with Adagrad (as in the paper) and torch's default elsewhere.
@@ -146,7 +155,9 @@ def fit(
             as the data set says, else "dynamic".
         seed: of every random number of the run. The generators of the surrounding code are left as they were.
         device: where to train; None leaves the program where it is.
-        compile: take a compiled step where there is one. Every step is eager in this version.
+        compile: record the step as a graph after 10 steps and compile it after 1,000, which is several times as fast.
+            It needs nothing of the program: what cannot be recorded runs eagerly, and a warning says why. The first
+            steps give the same bits as ``compile=False``, compiled ones the same numbers but for rounding.
         run_dir: a new directory for configuration, metrics and checkpoints.
         resume: go on from the checkpoint in ``run_dir``, bit for bit as if the run had never stopped; a directory
             without one starts from scratch. Settings must be those of the run, except that the budget may be raised.
@@ -162,6 +173,8 @@ def fit(
         trained: "all" parameters, or those of the "guide" alone: what the model's density depends on stays as it is.
         evaluate_with: the objective whose bound is evaluated, for curves of different objectives that can be compared;
             None: the one that is trained.
+        precision: "full" is that of the parameters; "bf16" takes matrix products and convolutions in bfloat16, with
+            weights, gradients, densities and all sums as they are.
 
     Returns:
         The program, trained, and the history of its bounds.
@@ -196,6 +209,7 @@ def fit(
         max_grad_norm=max_grad_norm,
         patience=patience,
         trained=trained,
+        precision=precision,
     )
     directory = None if run_dir is None else RunDirectory(Path(run_dir))
     if directory is None and (resume or tensorboard):
@@ -203,10 +217,10 @@ def fit(
     bridged = as_program(program)
     if device is not None:
         move_to(bridged, device)
-    with random_state.seeded(settings.seed):
+    with seeded(settings.seed):
         trainer = _Trainer(bridged, SGVB() if objective is None else objective, evaluate_with, optimizer, settings)
-        trainer.open(data, test, valid)
-    with random_state.seeded(settings.seed), contextlib.ExitStack() as stack:
+        trainer.open(data, test, valid, compile)
+    with seeded(settings.seed), contextlib.ExitStack() as stack:
         if kl_warmup is not None:  # the objective may serve again
             stack.callback(trainer.objective.kl_weight.copy_, trainer.objective.kl_weight.clone())
         if directory is not None:
@@ -225,6 +239,7 @@ def fit(
         position.stopped_early,
         None if directory is None else directory.path,
         position.best_bound,
+        trainer.step.path,
     )
 
 
@@ -312,7 +327,7 @@ class _Trainer:
 
     # Setting up -------------------------------------------------------------------------------------------------------
 
-    def open(self, data: Any, test: Any, valid: Any) -> None:
+    def open(self, data: Any, test: Any, valid: Any, compile: bool) -> None:
         """Check the data against the program, and make the optimiser and the step."""
         s = self.settings
         if isinstance(self.objective, Objective):
@@ -328,15 +343,23 @@ class _Trainer:
             raise ValueError("the program has nothing to train: no pyro.param, pyro.module or module parameters")
         self.trained = self._guide_parameters() if s.trained == "guide" else self.parameters
         self.optimizer: Optimizer = make_optimizer(self._make_optimizer, list(self.trained.values()), s.learning_rate)
-        precision = 0.0 if s.prior_scale is None else 1 / (s.prior_scale**2 * self._num_data())
-        self.step: Step = eager_step(
-            self.program,
-            self.objective,
-            self.optimizer,
-            self.trained,
-            prior_precision=precision,
-            max_grad_norm=s.max_grad_norm,
+        prior_precision = 0.0 if s.prior_scale is None else 1 / (s.prior_scale**2 * self._num_data())
+        parts = (self.program, self.objective, self.optimizer, self.trained)
+        options: dict[str, Any] = {
+            "prior_precision": prior_precision,
+            "max_grad_norm": s.max_grad_norm,
+            "precision": s.precision,
+        }
+        self.step = (
+            CompiledStep(*parts, **options, shapes=self._usual_shapes()) if compile else EagerStep(*parts, **options)
         )
+
+    def _usual_shapes(self) -> list[torch.Size]:
+        """Shapes of the tensors of a batch that is not short."""
+        args, kwargs = self.train_inputs.first()
+        data, tensors = self.train_inputs.data, [*args, *kwargs.values()]
+        size = min(self.settings.batch_size, len(data)) if isinstance(data, TensorData) else len(tensors[0])
+        return [torch.Size((size, *tensor.shape[1:])) for tensor in tensors]
 
     def _guide_parameters(self) -> dict[str, Tensor]:
         args, kwargs = self.train_inputs.first()
@@ -391,7 +414,7 @@ class _Trainer:
             "data": describe_data(data, self.train_inputs),
             "fit": vars(self.settings),
             "evaluate_every": self.every,
-            "environment": describe_environment(self.parameters),
+            "environment": describe_environment(self.parameters, isinstance(self.step, CompiledStep)),
         }
 
     # The loop ---------------------------------------------------------------------------------------------------------
@@ -428,7 +451,7 @@ class _Trainer:
             self.objective.kl_weight.fill_(min(1.0, position.samples / self.settings.kl_warmup))
         args, kwargs = self.train_inputs.call(columns)
         try:
-            loss = self.step(args, kwargs, self.train_inputs.check.data_of(size), index)
+            loss = self.step(Batch(args, kwargs, self.train_inputs.check.data_of(size), index))
         except NonFiniteLossError as error:
             raise NonFiniteLossError(
                 f"epoch {position.epoch}, batch {position.batch}, after {position.samples:,} samples: "
@@ -436,6 +459,7 @@ class _Trainer:
             ) from None
         position.samples += size
         position.batch += 1
+        position.steps, position.refused = self.step.taken, self.step.refused
         if not self.has_bound:
             position.log_joint = (position.log_joint * position.since_row - loss * size) / (position.since_row + size)
             position.since_row += size
@@ -495,6 +519,8 @@ class _Trainer:
         history = self.position.history
         if history and history[-1]["samples"] == self.position.samples:
             return
+        self.step.compare()
+        self.position.refused = self.step.refused
         history.append(row := self._row())
         if on_rhythm:
             self.position.log_joint, self.position.since_row = 0.0, 0
@@ -570,6 +596,7 @@ class _Trainer:
 
     def _load(self, checkpoint: Checkpoint) -> None:
         self.position = _Position(**checkpoint.state["position"])
+        self.step.taken, self.step.refused = self.position.steps, self.position.refused
         copy_into(self._model_tensors(), checkpoint.part("model"))
         self.best = checkpoint.part("best")
         load_state(self.optimizer, list(self.trained), checkpoint.part("optimizer"))

@@ -11,8 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 __all__ = ["Report", "progress_bar"]
 
-Report = Callable[[int, "dict[str, Any] | None"], None]
-"""(samples seen, newest row of the history) -> None."""
+Report = Callable[[int, "dict[str, Any] | str | None"], None]
+"""(samples seen, newest row of the history or what a step is doing that takes long) -> None."""
 
 
 @contextlib.contextmanager
@@ -26,7 +26,7 @@ def progress_bar(enabled: bool, total: int | None, done: int) -> Iterator[Report
     """
     console = Console(stderr=True)
     if not (enabled and console.is_terminal):
-        yield lambda samples, row: None
+        yield lambda samples, news: None
         return
     columns = (
         BarColumn(bar_width=10),  # all of it on a line of 80 characters
@@ -38,10 +38,10 @@ def progress_bar(enabled: bool, total: int | None, done: int) -> Iterator[Report
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=total, completed=done, bounds="")
 
-        def report(samples: int, row: dict[str, Any] | None) -> None:
+        def report(samples: int, news: dict[str, Any] | str | None) -> None:
             progress.update(task, completed=samples)
-            if row is not None:
-                progress.update(task, bounds=_bounds(row))
+            if news is not None:
+                progress.update(task, bounds=news if isinstance(news, str) else _bounds(news), refresh=True)
 
         yield report
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data import Dataset, TensorData
+from pyro_vae.data.batches import blocks
 from pyro_vae.inputs import Inputs
 from pyro_vae.training.checkpoint import CheckpointError
 
 __all__ = ["checksum", "describe", "describe_data", "describe_environment", "require_same_run"]
 
 
-_SINCE = {"trained": "all"}  # settings that older runs do not state
+_SINCE = {"trained": "all", "precision": "full", "steps": "eager"}  # what older runs do not state
 
 
 def describe(thing: Any) -> dict[str, Any]:
@@ -42,14 +43,16 @@ def checksum(columns: Iterable[Tensor]) -> int:
     value = 0
     for column in columns:
         value = crc32(f"{column.dtype} {tuple(column.shape)}".encode(), value)
-        value = crc32(column.detach().cpu().contiguous().view(torch.uint8).numpy().data, value)
+        for block in blocks(column.detach()):
+            value = crc32(block.cpu().contiguous().view(torch.uint8).numpy().data, value)
     return value
 
 
-def describe_environment(parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+def describe_environment(parameters: Mapping[str, Tensor], compile: bool) -> dict[str, Any]:
     """What decides, beside the settings, whether a run can be repeated bit for bit."""
     first = next(iter(parameters.values()))
     return {
+        "steps": "compiled" if compile else "eager",
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
@@ -87,7 +90,7 @@ def require_same_run(stored: Mapping[str, Any], config: Mapping[str, Any], path:
             "holds the bounds of one objective"
         )
     for name, value in config["environment"].items():
-        if (before := stored.get("environment", {}).get(name)) != value:
+        if (before := stored.get("environment", {}).get(name, _SINCE.get(name))) != value:
             warnings.warn(
                 f"this run was trained with {name} {before}, now {value}: it goes on, but not bit for bit", stacklevel=4
             )

@@ -7,13 +7,12 @@ import random
 from collections.abc import Iterator
 
 import numpy as np
-import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae.numerics import forked_rng
+from pyro_vae.numerics import seeded
 
-__all__ = ["capture", "restore", "seeded"]
+__all__ = ["Stream", "capture", "restore"]
 
 _PYTHON_WORDS = 625
 
@@ -44,14 +43,6 @@ def restore(state: dict[str, Tensor]) -> None:
     version, *words = state["python"].tolist()
     gauss = state["python_gauss"].tolist()
     random.setstate((version, tuple(words), gauss[0] if gauss else None))
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed every generator, and put them all back as they were on leaving."""
-    with forked_rng():
-        pyro.set_rng_seed(seed)
-        yield
 
 
 class Stream:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro_vae.arguments import one_of, whole_number
+from pyro_vae.training.precision import PRECISIONS
 
 __all__ = ["Settings"]
 
@@ -34,6 +35,7 @@ class Settings:
     max_grad_norm: float | None
     patience: int | None
     trained: str = "all"
+    precision: str = "full"
 
     def __post_init__(self) -> None:
         if (self.num_samples is None) == (self.epochs is None):
@@ -47,6 +49,7 @@ class Settings:
             if value is not None or name not in optional:
                 object.__setattr__(self, name, whole_number(name, value))
         one_of("trained", self.trained, ("all", "guide"))
+        one_of("precision", self.precision, PRECISIONS)
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, 2**32 - 1))
         for name in ("learning_rate", "prior_scale", "max_grad_norm"):
             value = getattr(self, name)

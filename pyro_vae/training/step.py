@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,27 +13,41 @@ from torch.optim import Optimizer
 
 from pyro_vae.objectives import Objective
 from pyro_vae.programs import Program, log_weights
+from pyro_vae.training.precision import products_in
 
-__all__ = ["NonFiniteLossError", "Step", "eager_step"]
+__all__ = ["Batch", "EagerStep", "Gradients", "NonFiniteLossError"]
 
-Step = Callable[[tuple[Any, ...], dict[str, Any], int, Tensor | None], float]
-"""(args, kwargs, number of data the loss stands for, the data's rows in the data set if they have any) -> mean loss in
-nats per datum before the last update of the parameters."""
+Gradients = Sequence[Tensor | None]
+"""One for each parameter; None for what the loss does not depend on."""
 
 
 class NonFiniteLossError(ValueError):
     """A loss became NaN or infinite, and nothing was updated by it; or a parameter did, by a finite loss's gradient."""
 
 
-def eager_step(
-    program: Program,
-    objective: Any,
-    optimizer: Optimizer,
-    parameters: Mapping[str, Tensor],
-    *,
-    prior_precision: float = 0.0,
-    max_grad_norm: float | None = None,
-) -> Step:
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A minibatch, as a program is called with it.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        num_data: how many data the loss stands for: its own, or all N where the program's plate scales to N.
+        index: its rows in the data set, (M,); None if they have no number.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    num_data: int
+    index: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Its tensors, in order."""
+        return [*self.args, *self.kwargs.values()]
+
+
+class EagerStep:
     """A step that runs as Python: any program, any objective, any optimiser.
 
     Args:
@@ -43,55 +58,98 @@ def eager_step(
         prior_precision: 1 / (N s^2) of the prior N(0, s^2) on every parameter: its log density over N is part of the
             mean objective (maximum a posteriori; arXiv:1312.6114, Sec. 5).
         max_grad_norm: rescale the gradient of the mean loss to at most this Euclidean norm.
+        precision: of the matrix products; see :func:`pyro_vae.training.precision.products_in`.
 
-    Returns:
-        The step. It raises :class:`NonFiniteLossError`, before anything is updated, naming the sites.
+    Attributes:
+        taken: how many steps the run has taken.
+        refused: why its steps are eager for good; None if they need not be.
+        say: is told what a step that takes long is doing, and "" when it is done.
     """
-    tensors = list(parameters.values())
 
-    def step(args: tuple[Any, ...], kwargs: dict[str, Any], num_data: int, index: Tensor | None = None) -> float:
-        loss = math.nan
-        for _ in _updates(objective, program, args, kwargs, index):
-            loss = update(args, kwargs, num_data)
-        return loss
+    def __init__(
+        self,
+        program: Program,
+        objective: Any,
+        optimizer: Optimizer,
+        parameters: Mapping[str, Tensor],
+        *,
+        prior_precision: float = 0.0,
+        max_grad_norm: float | None = None,
+        precision: str = "full",
+    ) -> None:
+        self.program, self.objective, self.optimizer = program, objective, optimizer
+        self.parameters, self.tensors = parameters, list(parameters.values())
+        self.prior_precision, self.max_grad_norm, self.precision = prior_precision, max_grad_norm, precision
+        self.taken = 0
+        self.refused: str | None = None
+        self.say: Callable[[str], None] = lambda text: None
 
-    def update(args: tuple[Any, ...], kwargs: dict[str, Any], num_data: int) -> float:
-        optimizer.zero_grad()
-        loss = _backward(objective, program, args, kwargs, num_data)
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(f"the loss became {loss}: {explain(program, parameters, args, kwargs)}")
-        if prior_precision:
-            gradients = [(t.grad, t) for t in tensors if t.grad is not None]
-            torch._foreach_add_([g for g, _ in gradients], [t.detach() for _, t in gradients], alpha=prior_precision)
-        if max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(tensors, max_grad_norm)
-        optimizer.step()
-        return loss
+    @property
+    def path(self) -> str:
+        """How steps are taken at present."""
+        return "eager"
 
-    return step
+    def __call__(self, batch: Batch) -> float:
+        """Take a step.
+
+        Returns:
+            The mean loss in nats per datum before the last update of the parameters.
+
+        Raises:
+            NonFiniteLossError: before anything is updated; names the sites.
+        """
+        value = math.nan
+        for _ in _updates(self.objective, self.program, batch):
+            loss, gradients = self.gradients(batch)
+            value = float(loss)
+            if not math.isfinite(value):
+                reason = explain(self.program, self.parameters, batch.args, batch.kwargs)
+                raise NonFiniteLossError(f"the loss became {value}: {reason}")
+            self.update(gradients)
+        self.taken += 1
+        return value
+
+    def gradients(self, batch: Batch) -> tuple[Tensor | float, Gradients]:
+        """The mean loss and its gradients."""
+        with products_in(self.precision):
+            if hasattr(self.objective, "differentiable_loss"):
+                return self._by_autograd(batch)
+            return self._by_pyro(batch)
+
+    def _by_autograd(self, batch: Batch) -> tuple[Tensor, Gradients]:
+        model, guide = self.program.model, self.program.guide
+        loss = self.objective.differentiable_loss(model, guide, *batch.args, **batch.kwargs) / batch.num_data
+        if not loss.requires_grad:
+            return loss, [None] * len(self.tensors)
+        return loss.detach(), torch.autograd.grad(loss, self.tensors, allow_unused=True)
+
+    def _by_pyro(self, batch: Batch) -> tuple[Tensor | float, Gradients]:
+        """For an ELBO that computes its gradients itself, and leaves them in ``.grad``."""
+        self.optimizer.zero_grad()
+        model, guide = self.program.model, self.program.guide
+        loss = self.objective.loss_and_grads(model, guide, *batch.args, **batch.kwargs) / batch.num_data
+        return loss, [None if t.grad is None else t.grad / batch.num_data for t in self.tensors]
+
+    def compare(self) -> None:
+        """Make sure that steps still do what the program says: eager ones do."""
+
+    def update(self, gradients: Gradients) -> None:
+        """Move the parameters by the gradients of the mean loss."""
+        for tensor, gradient in zip(self.tensors, gradients, strict=True):
+            tensor.grad = gradient
+        if self.prior_precision:
+            given = [(t.grad, t.detach()) for t in self.tensors if t.grad is not None]
+            torch._foreach_add_([g for g, _ in given], [t for _, t in given], alpha=self.prior_precision)
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.tensors, self.max_grad_norm)
+        self.optimizer.step()
 
 
-def _updates(
-    objective: Any, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], index: Tensor | None
-) -> Iterable[None]:
+def _updates(objective: Any, program: Program, batch: Batch) -> Iterable[None]:
     """As many turns as the objective takes with a minibatch; Pyro's take one."""
     if not isinstance(objective, Objective):
         return (None,)
-    return objective.updates(program.model, args, kwargs, index)
-
-
-def _backward(objective: Any, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], num_data: int) -> float:
-    """Gradients of the mean loss; its value."""
-    if hasattr(objective, "differentiable_loss"):
-        loss = objective.differentiable_loss(program.model, program.guide, *args, **kwargs) / num_data
-        if isinstance(loss, Tensor) and loss.isfinite():
-            loss.backward()
-        return float(loss.detach())
-    total = float(objective.loss_and_grads(program.model, program.guide, *args, **kwargs))
-    for tensor in program.named_parameters().values():
-        if tensor.grad is not None:
-            tensor.grad.div_(num_data)
-    return total / num_data
+    return objective.updates(program.model, batch.args, batch.kwargs, batch.index)
 
 
 @torch.no_grad()

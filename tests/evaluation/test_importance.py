@@ -130,7 +130,7 @@ def test_a_given_matrix_of_weights_is_reduced_exactly(monkeypatch, batch_size, r
     model = pv.LinearGaussian(torch.ones(1, 1))
     monkeypatch.setattr(importance, "log_weights", handed_out)
     x = torch.arange(float(N))[:, None]
-    score = pv.log_marginal(model, x, num_particles=K, batch_size=batch_size, max_elements=rows)
+    score = pv.log_marginal(model, x, num_particles=K, batch_size=batch_size, max_elements=rows, compile=False)
     assert given == [K] * N
     w = (matrix - matrix.max(0).values).exp()
     close(score.values, w.mean(0).log() + matrix.max(0).values, atol=1e-12)

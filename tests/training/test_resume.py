@@ -463,6 +463,7 @@ def numpy_program():
     return pv.Program(model, guide)
 
 
+@pytest.mark.filterwarnings("ignore:training goes on eagerly")  # a graph would freeze the draws of numpy and Python
 @pytest.mark.parametrize("held_out", ["tensor", "loader"])
 def test_evaluations_draw_nothing_from_the_stream_of_training(tmp_path, held_out):
     """Training is the same however often it is evaluated, and so is a run in two parts, evaluated once more."""

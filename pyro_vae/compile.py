@@ -1,0 +1,393 @@
+"""Functions of tensors, recorded once as a graph of tensor operations, and run without the Python that made them.
+
+A function is *captured* by running it once under ``make_fx``, below autograd: what is left is the list of operations of
+forward and backward pass together, random draws among them, which draw anew at each run from torch's generators as the
+function itself would. Tensors that the function reaches by itself (parameters, buffers, weights of a schedule) are held
+by reference: what is written into them later, the graph reads. Everything else is frozen at the value it had, every
+Python number and branch. So a function whose result depends on something else must not be captured, and whoever
+captures compares the two from time to time (:func:`difference`).
+
+A captured graph is run operation by operation, at the cost of the operations alone, or *compiled* by Inductor into
+fused C++ loops around the matrix products, which takes seconds, once: the result is cached on disk. On a CUDA device
+either is recorded once more, as a CUDA graph, which is started by one call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import operator
+import re
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from pyro_vae.numerics import forked_rng, seeded
+
+__all__ = [
+    "UNRECORDED",
+    "CaptureError",
+    "Graph",
+    "Recorded",
+    "Recorder",
+    "capture",
+    "difference",
+    "outcome",
+    "unchanged",
+]
+
+_LIBRARY = torch.library.Library("pyro_vae", "DEF")
+_SEED = 1_312_6114  # of noise that is not the noise that was recorded
+_LARGEST = 3_000  # operations; Inductor's time grows faster than their number, to minutes
+_WARM_UP = 3  # runs before a CUDA graph is recorded, for libraries to choose their algorithms
+
+
+class CaptureError(RuntimeError):
+    """A function cannot be recorded, or its graph not compiled; the message is the reason, in one line."""
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A recorded function.
+
+    Attributes:
+        module: the operations; takes the inputs, then the state.
+        state: tensors held by reference, which the graph reads and may write.
+        run: what is called in the place of ``module``.
+    """
+
+    module: GraphModule
+    state: tuple[Tensor, ...]
+    run: Callable[..., Sequence[Tensor]]
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """The function's results at other inputs of the same shapes."""
+        return self.run(*inputs, *self.state)
+
+    def __len__(self) -> int:
+        return len(self.module.graph.nodes)
+
+    def compiled(self, inputs: Sequence[Tensor]) -> Graph:
+        """The same graph, compiled by Inductor.
+
+        Args:
+            inputs: of the shapes that it will be called with; the graph is not run.
+
+        Raises:
+            CaptureError: there is no C++ compiler, the graph is too large, or Inductor cannot compile it.
+        """
+        if len(self) > _LARGEST:
+            raise CaptureError(f"{len(self):,} operations would take minutes to compile (limit {_LARGEST:,})")
+        try:
+            with torch.no_grad(), _quiet("torch.utils.cpp_extension"):
+                run = torch._inductor.compile(_with_draws_in_order(self.module), [*inputs, *self.state])
+        except Exception as error:
+            raise CaptureError(_reason(error)) from error
+        return Graph(self.module, self.state, run)
+
+    def as_cuda_graph(self, inputs: Sequence[Tensor]) -> Graph:
+        """The same operations as one CUDA graph, whose inputs are copied to where it was recorded.
+
+        Args:
+            inputs: of the shapes that it will be called with, on a CUDA device; the graph is run, and writes its state.
+
+        Raises:
+            CaptureError: something in it cannot be recorded so.
+        """
+        places = [tensor.clone() for tensor in inputs]
+        try:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    self(*places)
+            torch.cuda.current_stream().wait_stream(side)
+            recorded = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(recorded):
+                outputs = self(*places)
+        except Exception as error:
+            raise CaptureError(_reason(error)) from error
+
+        def replay(*tensors: Tensor) -> Sequence[Tensor]:
+            torch._foreach_copy_(places, list(tensors[: len(places)]))
+            recorded.replay()
+            return outputs
+
+        return Graph(self.module, self.state, replay)
+
+
+def capture(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], state: Sequence[Tensor] = ()) -> Graph:
+    """Record a function as a graph.
+
+    Args:
+        function: of the inputs; returns tensors. It is run once, on the inputs themselves: what it draws and what it
+            writes is for the caller to put back (:func:`unchanged`).
+        inputs: tensors that differ from call to call, by value and not by shape.
+        state: tensors that the function reaches by itself, whose values must not be read as Python numbers. Others that
+            it reaches are found, and held by reference too.
+
+    Returns:
+        The graph.
+
+    Raises:
+        CaptureError: the function decides by a tensor's value, or fails otherwise.
+
+    Example:
+        >>> weight = torch.tensor(2.0)
+        >>> graph = capture(lambda x: (weight * x,), [torch.ones(3)], [weight])
+        >>> _ = weight.fill_(5.0)
+        >>> graph(torch.ones(3))[0]
+        tensor([5., 5., 5.])
+    """
+    given = {id(tensor) for tensor in inputs}
+    state = list({id(tensor): tensor for tensor in state if id(tensor) not in given}.values())
+    try:
+        with _NumbersStayTensors():
+            module = make_fx(lambda *tensors: tuple(function(*tensors[: len(inputs)])))(*inputs, *state)
+    except Exception as error:  # whatever a user's function may raise: it runs as Python, then
+        raise CaptureError(_reason(error)) from error
+    state += _lift_constants(module)
+    return Graph(module, tuple(state), module)
+
+
+def _with_draws_in_order(module: GraphModule) -> GraphModule:
+    """A copy whose random draws keep their order and their algorithm, whatever a compiler does around them.
+
+    Inductor would draw by algorithms of its own, and move draws about; then a seed would give other numbers compiled
+    than not. So each draw becomes an operation that it does not know, which hands an empty tensor on to the next one.
+    """
+    graph = torch.fx.Graph()
+    output = graph.graph_copy(module.graph, {})
+    order = None
+    for node in [node for node in graph.nodes if _draws(node)]:
+        with graph.inserting_before(node):
+            if order is None:
+                order = graph.call_function(torch.ops.aten.empty.memory_format, ([0],))
+            drawn = graph.call_function(_ordered(node.target), (order, *node.args), node.kwargs)
+            count = len(node.target._schema.returns)
+            parts = [graph.call_function(operator.getitem, (drawn, place)) for place in range(count + 1)]
+            order = parts.pop()
+            if node.target._schema.is_mutable:
+                parts = [graph.call_function(torch.ops.aten.copy_.default, (node.args[0], parts[0]))]
+        if count > 1:
+            for user in list(node.users):
+                user.replace_all_uses_with(parts[user.args[1]])
+                graph.erase_node(user)
+        else:
+            node.replace_all_uses_with(parts[0])
+        graph.erase_node(node)
+    graph.output(output)
+    return GraphModule(module, graph)
+
+
+def _draws(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+@functools.cache
+def _ordered(function: Any) -> Any:
+    """The operation with an empty tensor before its arguments and another one after its results."""
+    schema = function._schema
+    arguments = re.sub(r"\([a-z]!\)", "", str(schema).partition("(")[2].rpartition(" -> ")[0])
+    returns = ", ".join(["Tensor"] * (len(schema.returns) + 1))
+    name = re.sub(r"\W", "_", f"{schema.name}_{schema.overload_name}")
+
+    def draw(order: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        own = (args[0].clone(), *args[1:]) if schema.is_mutable else args
+        results = function(*own, **kwargs)
+        return (*(results if isinstance(results, tuple) else (results,)), torch.empty(0))
+
+    _LIBRARY.define(f"{name}(Tensor order, {arguments} -> ({returns})", tags=(torch.Tag.nondeterministic_seeded,))
+    _LIBRARY.impl(name, draw, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pyro_vae::{name}", draw, lib=_LIBRARY)
+    return getattr(torch.ops.pyro_vae, name).default
+
+
+class _NumbersStayTensors(TorchFunctionMode):
+    """What torch reads from a tensor as a number, where no Python decides by it, stays part of the graph.
+
+    ``tensor.item()`` gives the tensor, which can be added up and logged; ``one_hot`` compares, and does not look
+    whether the classes are in range.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.item:
+            return args[0].detach()
+        if func is functional.one_hot:
+            return _one_hot(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes < 1:
+        return functional.one_hot(tensor, num_classes)
+    return (tensor[..., None] == torch.arange(num_classes, device=tensor.device)).long()
+
+
+def _lift_constants(module: GraphModule) -> list[Tensor]:
+    """Make inputs of the tensors that were found on the way: a compiler may take a constant's value for granted."""
+    lifted: dict[str, Tensor] = {}
+    places: dict[str, Any] = {}
+    last = [node for node in module.graph.nodes if node.op == "placeholder"][-1]
+    for node in module.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if name not in lifted:
+            lifted[name] = getattr(module, name)
+            with module.graph.inserting_after(last):
+                last = places[name] = module.graph.placeholder(f"constant_{len(places)}")
+        node.replace_all_uses_with(places[name])
+        module.graph.erase_node(node)
+    module.recompile()
+    return list(lifted.values())
+
+
+def _reason(error: BaseException) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if "trying to get value out of a tracing tensor" in text or "data-dependent" in text:
+        return "a tensor's value decides what is computed"
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put tensors back to the values they had."""
+    kept = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, kept, strict=True):
+                tensor.copy_(value)
+
+
+def outcome(
+    function: Callable[[], Sequence[Tensor | None]], state: Sequence[Tensor], seed: int
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """What a function gives, and what it makes of its state, for the noise of a seed; nothing is left behind."""
+    with seeded(seed), unchanged(state):
+        results = [None if result is None else result.clone() for result in function()]
+        return results, [tensor.detach().clone() for tensor in state]
+
+
+def difference(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None], floor: float = 0.0) -> float:
+    """Euclidean norm of a difference, relative to that of the second; infinite where one has a tensor and one has none.
+
+    Args:
+        ours: tensors.
+        theirs: as many, of the same shapes.
+        floor: the least norm that counts: below it, the difference is taken as a share of this.
+
+    Example:
+        >>> difference([torch.tensor([1.0, 1.0])], [torch.tensor([1.0, 0.0])])
+        1.0
+    """
+    if [a is None for a in ours] != [b is None for b in theirs]:
+        return torch.inf
+    pairs = [(a.double(), b.double()) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    gaps = [torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, a - b) for a, b in pairs]  # infinities, too
+    gap = sum(g.square().sum().item() for g in gaps) ** 0.5
+    size = max(floor, sum(b[b.isfinite()].square().sum().item() for _, b in pairs) ** 0.5)
+    return gap if gap == 0 else gap / size if size else torch.inf
+
+
+class Recorded:
+    """A function that is called many times with tensors of the same shapes; it runs as a graph from the second call on.
+
+    The graph is run beside the function once, on other noise, and dropped if the two differ. What has other shapes than
+    the first call runs as Python, and everything does if the function cannot be recorded; a warning says why.
+
+    Args:
+        function: of tensors, to tensors.
+        state: tensors that it reaches by itself.
+        compiled: compile the graph too, which pays where all the calls together take a minute.
+        tolerance: relative difference that rounding may explain.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Sequence[Tensor]],
+        state: Sequence[Tensor] = (),
+        *,
+        compiled: bool = False,
+        tolerance: float = 1e-4,
+    ) -> None:
+        self._function, self._state, self._compiled, self._tolerance = function, list(state), compiled, tolerance
+        self._shapes: list[torch.Size] | None = None
+        self._run: Callable[..., Sequence[Tensor]] = function
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """The function's results."""
+        shapes = [tensor.shape for tensor in inputs]
+        if self._shapes is None:
+            self._shapes = shapes
+        elif self._run is self._function and shapes == self._shapes:
+            self._run = self._recorded(inputs)
+        return self._run(*inputs) if shapes == self._shapes else self._function(*inputs)
+
+    def _recorded(self, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        run: Callable[..., Sequence[Tensor]] = functools.partial(self._function)  # another object: asked for once
+        try:
+            with forked_rng(), unchanged(self._state):
+                graph = capture(self._function, inputs, self._state)
+            found = [outcome(functools.partial(one, *inputs), self._state, _SEED)[0] for one in (graph, self._function)]
+            if difference(found[0], found[1]) > self._tolerance:
+                raise CaptureError("recorded, it gives other results, for something other than a tensor changes")
+            run = graph
+            if self._compiled:
+                run = graph.compiled(inputs)
+            return run.as_cuda_graph(inputs) if inputs[0].is_cuda else run
+        except CaptureError as error:
+            warnings.warn(f"running {'as recorded' if isinstance(run, Graph) else 'eagerly'}: {error}", stacklevel=4)
+            return run
+
+
+class Recorder:
+    """Keeps the recorded form of functions that are made anew at each use, by a key.
+
+    Args:
+        enabled: False leaves every function as it is.
+        compiled: compile what is recorded.
+    """
+
+    def __init__(self, enabled: bool = True, compiled: bool = False) -> None:
+        self._enabled, self._compiled = enabled, compiled
+        self._known: dict[Hashable, Recorded] = {}
+
+    def __call__(
+        self, key: Hashable, function: Callable[..., Sequence[Tensor]], state: Sequence[Tensor] = ()
+    ) -> Callable[..., Sequence[Tensor]]:
+        """The function, recorded under this key before or from now on.
+
+        Args:
+            key: functions of the same key must do the same with the same tensors.
+            function: of tensors, to tensors; only the first one of a key is kept.
+            state: tensors that it reaches by itself.
+        """
+        if not self._enabled:
+            return function
+        return self._known.setdefault(key, Recorded(function, state, compiled=self._compiled))
+
+
+UNRECORDED = Recorder(enabled=False)

@@ -1,0 +1,226 @@
+"""The step, recorded as a graph and compiled; what cannot be recorded stays Python.
+
+A run's steps take three paths, by their number alone, so that a run that was stopped and resumed takes the same ones:
+
+    the first 10       eager: a run that short is over before recording would have paid
+    up to 1,000        captured: loss and gradients are one graph of tensor operations, the optimiser's update another
+    from then on       compiled: the first graph by Inductor, whose seconds pay from here on
+
+The first two give the same bits. The third rounds differently, by a few units in the last place.
+
+The graphs are right as long as nothing changes but tensors. That is not believed: when a graph is made, and at every
+evaluation, it is run beside the program itself, on the same batch with the same noise, and dropped where they differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import pyro.util
+import torch
+from torch import Tensor
+
+from pyro_vae.compile import CaptureError, Graph, capture, difference, outcome, unchanged
+from pyro_vae.numerics import forked_rng
+from pyro_vae.objectives import Objective
+from pyro_vae.training.step import Batch, EagerStep, Gradients
+
+__all__ = ["CAPTURE_AFTER", "COMPILE_AFTER", "CompiledStep"]
+
+CAPTURE_AFTER = 10
+COMPILE_AFTER = 1_000
+_ATTEMPTS = 3  # a discrete draw at a rounding error's distance from its threshold may fall on the other side
+_SMALL_GRADIENT = 0.01  # nats per datum and unit of the parameters: below, what is left may be rounding alone
+_BF16_UNIT = 1e-4  # what fused and separate roundings to bfloat16 come to, over a step's sums
+_SEED = 20_131_220  # of the comparison's noise, which is not the noise that was recorded
+
+
+class CompiledStep(EagerStep):
+    """A step that is eager at first, then captured, then compiled.
+
+    Args:
+        *args: as for :class:`EagerStep`.
+        shapes: of the tensors of a batch of the usual size; others, such as a short last batch, are stepped eagerly.
+        **kwargs: as for :class:`EagerStep`.
+
+    Attributes:
+        capture_after: how many steps are eager first.
+        compile_after: how many steps are not compiled.
+    """
+
+    def __init__(self, *args: Any, shapes: Sequence[torch.Size], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._shapes = list(shapes)
+        self.capture_after, self.compile_after = CAPTURE_AFTER, COMPILE_AFTER
+        self._graph: Graph | None = None
+        self._update: Graph | None = None
+        self._update_refused = False
+        self._compiled = False
+        self._depends: list[bool] = []  # which parameters the loss depends on
+        self._newest: Batch | None = None  # of the usual size
+        self._due = False  # a comparison
+
+    @property
+    def path(self) -> str:
+        """How steps are taken at present: "eager", "captured" or "compiled"."""
+        return "eager" if self._graph is None else "compiled" if self._compiled else "captured"
+
+    def gradients(self, batch: Batch) -> tuple[Tensor | float, Gradients]:
+        """The mean loss and its gradients, by the graph where there is one for the batch."""
+        if self.refused is not None or self.taken < self.capture_after or not self._is_usual(batch):
+            return super().gradients(batch)
+        if self._graph is None:
+            self._capture(batch)
+        if self._graph is not None and not self._compiled and self.taken >= self.compile_after:
+            self._compile(batch)
+        self._newest = batch
+        if self._due:
+            self.compare()
+        return super().gradients(batch) if self._graph is None else self._by_graph_of(self._graph, batch)
+
+    def _is_usual(self, batch: Batch) -> bool:
+        if self._newest is not None and batch.num_data != self._newest.num_data:
+            return False
+        return [tensor.shape for tensor in batch.tensors] == self._shapes
+
+    def _inputs(self, batch: Batch) -> list[Tensor]:
+        held = self.objective.held() if isinstance(self.objective, Objective) else ()
+        return [*batch.tensors, *held]
+
+    def _by_graph_of(self, graph: Graph, batch: Batch) -> tuple[Tensor, Gradients]:
+        loss, *found = graph(*self._inputs(batch))
+        given = iter(found)
+        return loss, [next(given) if depends else None for depends in self._depends]
+
+    # Making the graphs ------------------------------------------------------------------------------------------------
+
+    def _capture(self, batch: Batch) -> None:
+        def loss_and_gradients(*_: Tensor) -> list[Tensor]:
+            loss, gradients = EagerStep.gradients(self, batch)
+            self._depends = [gradient is not None for gradient in gradients]
+            return [torch.as_tensor(loss), *(gradient for gradient in gradients if gradient is not None)]
+
+        inputs, state = self._inputs(batch), [*self.tensors, *self._buffers(), *self._numbers()]
+        try:
+            # Pyro looks for NaN by values; the step looks at the loss.
+            self._num_inputs = len(inputs)
+            with self._aside(), mock.patch.object(pyro.util, "torch_isnan", return_value=False):
+                graph = capture(loss_and_gradients, inputs, state)
+                self._graph = graph.as_cuda_graph(inputs) if inputs[0].is_cuda else graph
+        except CaptureError as error:
+            self.refuse(f"the step cannot be recorded: {error}")
+        else:
+            self._due = True
+
+    def _compile(self, batch: Batch) -> None:
+        assert self._graph is not None
+        self._compiled, inputs = True, self._inputs(batch)
+        self.say("compiling the step, which may take half a minute, once ...")
+        try:
+            with self._aside():
+                graph = self._graph.compiled(inputs)
+                self._graph = graph.as_cuda_graph(inputs) if inputs[0].is_cuda else graph
+        except CaptureError as error:
+            self._compiled, self.compile_after = False, torch.iinfo(torch.int64).max
+            warnings.warn(f"the step runs as recorded, but not compiled: {error}", stacklevel=2)
+        else:
+            self._due = True
+        finally:
+            self.say("")
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Leave no trace: generators, buffers and the objective's numbers are put back."""
+        with forked_rng(), unchanged([*self._buffers(), *self._numbers()]):
+            yield
+
+    def _buffers(self) -> list[Tensor]:
+        return list(self.program.named_buffers().values())
+
+    def _numbers(self) -> list[Tensor]:
+        """Weights of schedules and the like."""
+        return [value for value in vars(self.objective).values() if isinstance(value, Tensor)]
+
+    # Watching them ----------------------------------------------------------------------------------------------------
+
+    def update(self, gradients: Gradients) -> None:
+        """Move the parameters, by the graph of the optimiser's update where there is one."""
+        if self._update is None and self._graph is not None and not self._update_refused:
+            self._capture_update(gradients)
+        given = [gradient for gradient in gradients if gradient is not None]
+        if self._graph is not None and self._update is not None and self._frozen == self._settings(gradients):
+            self._update(*given)
+        else:  # a schedule has moved the learning rate, say
+            super().update(gradients)
+
+    def _capture_update(self, gradients: Gradients) -> None:
+        """Record the optimiser's update, if it is one of torch's whose state is all tensors; else it stays as it is."""
+        self._update_refused = True
+        optimizer, given = self.optimizer, [gradient for gradient in gradients if gradient is not None]
+        states = [value for state in optimizer.state.values() for value in state.values() if value is not None]
+        plain = type(optimizer).__module__.startswith("torch.optim") and "step" not in vars(optimizer)
+        hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        if not (plain and states and all(isinstance(value, Tensor) for value in states)) or hooks:
+            return
+        moved = [*self.tensors, *states]
+
+        def update(*_: Tensor) -> tuple[()]:
+            EagerStep.update(self, gradients)
+            return ()
+
+        with contextlib.suppress(CaptureError), unchanged([*moved, *given]):
+            self._update = capture(update, given, moved)
+            self._frozen = self._settings(gradients)
+
+    def _settings(self, gradients: Gradients) -> list[Any]:
+        """What a graph of the update has frozen: which gradients there are, learning rates and the like."""
+        groups = self.optimizer.param_groups
+        given = [gradient is not None for gradient in gradients]
+        return [*given, *(value for group in groups for name, value in group.items() if name != "params")]
+
+    def refuse(self, reason: str) -> None:
+        """Take eager steps from now on, and say why."""
+        self.refused, self._graph, self._compiled = reason, None, False
+        warnings.warn(f"training goes on eagerly: {reason}", stacklevel=2)
+
+    def compare(self) -> None:
+        """Run the graph and the program beside each other, and go on eagerly if they differ by more than rounding."""
+        if self._graph is None or self._newest is None:
+            return
+        graph, batch = self._graph, self._newest
+        self._due = len(self._inputs(batch)) < self._num_inputs  # what the objective held for the batch is gone
+        if not self._due and not any(self._agrees(graph, batch, _SEED + attempt) for attempt in range(_ATTEMPTS)):
+            self.refuse(
+                "the recorded step is not the program's own: something other than a tensor changes, such as a Python "
+                "number, an attribute or a draw of numpy's. What changes must be a tensor or a buffer, written in place"
+            )
+
+    def _agrees(self, graph: Graph, batch: Batch, seed: int) -> bool:
+        """Whether graph and program differ by no more than rounding explains.
+
+        In single precision that is 1e-5 of the loss, and 1e-4 of the gradient's norm; more where the loss is large, for
+        importance weights exp(log w) turn the absolute error of log w into a relative one.
+        """
+
+        def outcome_of(gradients: Callable[[Batch], tuple[Tensor | float, Gradients]]) -> Any:
+            def step() -> list[Tensor | None]:
+                loss, slopes = gradients(batch)
+                return [torch.as_tensor(loss), *slopes]
+
+            (loss, *slopes), written = outcome(step, [*self._buffers(), *self._numbers()], seed)
+            return loss, slopes, written
+
+        loss, ours, buffers = outcome_of(functools.partial(self._by_graph_of, graph))
+        expected, theirs, expected_buffers = outcome_of(functools.partial(EagerStep.gradients, self))
+        unit = _BF16_UNIT if self.precision == "bf16" else torch.finfo(expected.dtype).eps
+        size = max(1.0, abs(float(expected)))
+        return (
+            difference([loss], [expected], floor=1.0) <= 100 * unit
+            and difference(ours, theirs, floor=_SMALL_GRADIENT) <= 1000 * unit * (1 + size / 100)
+            and difference(buffers, expected_buffers, floor=1.0) <= 1000 * unit
+        )
