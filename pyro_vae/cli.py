@@ -69,6 +69,7 @@ def _readable_errors() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("PYRO_VAE_DEBUG"):
             raise
+        errors.quiet = False
         _fail(f"{type(error).__name__}: {error} (PYRO_VAE_DEBUG=1 shows where)", 1)
     finally:
         warnings.showwarning = shown
@@ -80,13 +81,29 @@ def _fail(message: str, code: int) -> None:
     raise typer.Exit(code)
 
 
-def _command(example: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Register a command with an example in its help and readable errors."""
+def _is_first() -> bool:
+    """Whether this process is alone, or the first of those that torchrun started."""
+    if "RANK" not in os.environ:
+        return True
+    from pyro_vae.parallel import ranks
+
+    return ranks().first
+
+
+def _command(example: str, parallel: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Register a command with an example in its help and readable errors.
+
+    Of torchrun's processes the first one speaks for all, and does alone what is not parallel.
+    """
 
     def register(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
             with _readable_errors():
+                if not _is_first():
+                    console.quiet, errors.quiet = True, not os.environ.get("PYRO_VAE_DEBUG")
+                    if not parallel:
+                        raise typer.Exit
                 return function(*args, **kwargs)
 
         return app.command(epilog=f"Example: [cyan]{example}[/]")(wrapped)
@@ -174,7 +191,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the random numbers.", min=0, ma
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.")]
 
 
-@_command("pyro-vae train --dataset mnist --latent-dim 20 --num-samples 1000000 --run-dir runs/mnist")
+@_command("pyro-vae train --dataset mnist --latent-dim 20 --num-samples 1000000 --run-dir runs/mnist", parallel=True)
 def train(
     context: typer.Context,
     dataset: DatasetName = "digits",
@@ -205,6 +222,8 @@ def train(
     evaluate_every: EvaluateEvery = None,
     seed: Annotated[int, _training(help="Seed of the random numbers.", min=0, max=2**32 - 1)] = 0,
     device: TrainingDevice = None,
+    precision: Annotated[str, _training(help="full, or bf16 for the factors of matrix products.")] = "full",
+    compile: Annotated[bool, _training(help="Record the step as a graph and, from 1,000 steps on, compile it.")] = True,
     run_dir: Annotated[Path | None, _storage(help="New directory of the run; by default runs/DATASET-TIME.")] = None,
     resume: Annotated[Path | None, _storage(help="Go on with the run in this directory, bit for bit.")] = None,
     checkpoint_every: Annotated[int | None, _storage(help=_CHECKPOINT_HELP)] = None,
@@ -216,7 +235,10 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Train a variational auto-encoder by AEVB (arXiv:1312.6114, Algorithm 1)."""
+    """Train a variational auto-encoder by AEVB (arXiv:1312.6114, Algorithm 1).
+
+    In several processes or machines: torchrun --nproc-per-node=4 -m pyro_vae train ...
+    """
     options = {name: value for name, value in context.params.items() if name not in ("config", "context")}
     if resume is not None:
         _resume(context, options)
@@ -224,17 +246,27 @@ def train(
     import torch
 
     import pyro_vae as pv
+    from pyro_vae.parallel import ranks
 
     learner = _make_objective(objective, {name: options[name] for name in _OBJECTIVE_OPTIONS})
     data = pv.load_dataset(dataset, root=root, binarize=binarize)  # type: ignore[arg-type]
     torch.manual_seed(seed)  # the initial parameters
     shape = tuple(data.train.shape[1:])
     vae = pv.VAE(shape, latent_dim, _whole_numbers(hidden_dims), likelihood, activation, init)
-    directory = run_dir or Path("runs", f"{data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    directory = run_dir or Path("runs", f"{data.name}-{ranks().from_first(lambda: time.strftime('%Y%m%d-%H%M%S'))}")
     _say(f"training a VAE {shape} -> {latent_dim} on {data.name} ({len(data.train):,} training data) in {directory}")
     budget = 1_000_000 if num_samples is None and epochs is None else num_samples
     passed = ("optimizer", "learning_rate", "batch_size", "epochs", "seed", "device", "evaluate_every")
-    more = ("checkpoint_every", "prior_scale", "kl_warmup", "max_grad_norm", "patience", "tensorboard")
+    more = (
+        "checkpoint_every",
+        "prior_scale",
+        "kl_warmup",
+        "max_grad_norm",
+        "patience",
+        "tensorboard",
+        "precision",
+        "compile",
+    )
     settings = {name: options[name] for name in (*passed, *more)}
     run = pv.fit(
         vae,
@@ -282,7 +314,7 @@ def _resume(context: typer.Context, options: Mapping[str, Any]) -> None:
     from pyro_vae.training import fit
     from pyro_vae.training.checkpoint import RunDirectory, RunDirectoryError
 
-    free = {"resume", "root", "num_samples", "epochs", "device", "tensorboard", "config"}
+    free = {"resume", "root", "num_samples", "epochs", "device", "tensorboard", "compile", "config"}
     given = {n for n in options if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"}
     if fixed := sorted(given - free):
         raise ValueError(
@@ -299,6 +331,7 @@ def _resume(context: typer.Context, options: Mapping[str, Any]) -> None:
     learner = build_objective(config, directory.path)
     if options["num_samples"] is not None or options["epochs"] is not None:
         settings |= {"num_samples": options["num_samples"], "epochs": options["epochs"]}
+    before = config.get("environment", {}).get("steps", "eager")
     run = fit(
         model,
         data,
@@ -307,12 +340,15 @@ def _resume(context: typer.Context, options: Mapping[str, Any]) -> None:
         resume=True,
         device=options["device"],
         tensorboard=options["tensorboard"],
+        compile=options["compile"] if "compile" in given else before == "compiled",
         **settings,
     )
     _report_training(type(learner).__name__, run, directory.path)
 
 
 def _report_training(objective: str, run: Run, directory: Path) -> None:
+    if not _is_first():
+        return
     row = run.kept
     table = Table(title=f"after {row['samples']:,} training samples, {row['seconds']:.0f} s of training")
     quantity = "bound on log p(x)" if row.get("train_log_joint") is None else ""
@@ -336,7 +372,7 @@ def _report_training(objective: str, run: Run, directory: Path) -> None:
     _say(f"run directory: {directory}\nnext: pyro-vae evaluate {scored}\n      pyro-vae plot {directory}")
 
 
-@_command("pyro-vae evaluate runs/mnist --num-particles 5000")
+@_command("pyro-vae evaluate runs/mnist --num-particles 5000", parallel=True)
 def evaluate(
     context: typer.Context,
     run: RunPath,
@@ -387,7 +423,7 @@ def evaluate(
         _say(f"Monte Carlo error of log p(x): {score.mc_error:.3f} nats")
     for remark in score.remarks():
         _say(remark)
-    if json_file is not None:
+    if json_file is not None and _is_first():
         result = {
             "run": str(run),
             "split": split,

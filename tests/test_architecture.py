@@ -14,6 +14,7 @@ PICTURE: dict[str, set[str]] = {
     "networks": set(),
     "data": set(),
     "plots": set(),
+    "parallel": set(),
     "distributions": {"numerics"},
     "programs": {"numerics"},
     "compile": {"numerics"},
@@ -29,6 +30,8 @@ PICTURE: dict[str, set[str]] = {
 }
 for _name in ("models", "objectives", "evaluation", "training"):
     PICTURE[_name].add("arguments")
+for _name in ("evaluation", "training"):
+    PICTURE[_name].add("parallel")
 PICTURE["gallery"] = {"runs", "plots", "inputs", "programs", "data"}
 PICTURE["experiments"] = set(PICTURE)
 PICTURE["interop"] = PICTURE["experiments"] | {"experiments"}
@@ -36,7 +39,7 @@ PICTURE["cli"] = PICTURE["interop"] | {"interop"}
 PICTURE["__main__"] = {"cli"}
 PICTURE["__init__"] = set(PICTURE)
 
-NO_PYRO = {"numerics", "networks", "data", "plots"}
+NO_PYRO = {"numerics", "networks", "data", "plots", "parallel"}
 NO_TORCH = {"plots"}
 ROOT_NAMES = {"__version__"}  # what `import pyro_vae` may be used for inside the package
 

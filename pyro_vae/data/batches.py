@@ -284,10 +284,11 @@ class TensorData:
         """Read the rows of an index (M,) or a slice."""
         return self.reader(_rows(self.columns, index))
 
-    def in_order(self, batch_size: int) -> Iterator[Columns]:
-        """Every row once, in order; the last batch may be short."""
-        for start in range(0, len(self), batch_size):
-            yield self.rows(slice(start, start + batch_size))
+    def in_order(self, batch_size: int, part: slice = slice(None)) -> Iterator[Columns]:
+        """Every row once, in order, or those of a part; the last batch may be short."""
+        start, stop, _ = part.indices(len(self))
+        for first in range(start, stop, batch_size):
+            yield self.rows(slice(first, min(first + batch_size, stop)))
 
     def shuffled(self, batch_size: int, seed: int, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Columns]]:
         """Every row once, with its index, in an order that depends on seed and epoch alone; the last may be short.
@@ -298,10 +299,14 @@ class TensorData:
             epoch: counted from 0.
             skip: batches to leave out at the start.
         """
+        for index in self.shuffle(batch_size, seed, epoch, skip):
+            yield index.to(self.reader.device), self.rows(index)
+
+    def shuffle(self, batch_size: int, seed: int, epoch: int, skip: int = 0) -> Iterator[Tensor]:
+        """The indices of :meth:`shuffled`, on the columns' device; nothing is read."""
         order = np.random.default_rng([seed, epoch]).permutation(len(self))
         index = torch.from_numpy(order).to(next(iter(self.columns.values())).device)
-        for batch in itertools.islice(index.split(batch_size), skip, None):
-            yield batch.to(self.reader.device), self.rows(batch)
+        return itertools.islice(iter(index.split(batch_size)), skip, None)
 
 
 def _length(columns: Columns) -> int:
@@ -335,10 +340,11 @@ class _DrawnOnce(TensorData):
         start, stop, step = index.indices(len(self))
         return self._first(stop).rows(slice(start, stop, step))
 
-    def in_order(self, batch_size: int) -> Iterator[Columns]:
-        starts = range(0, len(self), batch_size)
-        for start, drawn in zip(starts, _regrouped(self._draw(len(self)), batch_size), strict=True):
-            yield self.reader(_rows(self.columns, slice(start, start + batch_size)) | drawn)
+    def in_order(self, batch_size: int, part: slice = slice(None)) -> Iterator[Columns]:
+        start, stop, _ = part.indices(len(self))
+        drawn = _regrouped(_cut(self._draw(stop), start, stop), batch_size)
+        for first, batch in zip(range(start, stop, batch_size), drawn, strict=True):
+            yield self.reader(_rows(self.columns, slice(first, min(first + batch_size, stop))) | batch)
 
     @functools.cached_property
     def _all(self) -> TensorData:
@@ -358,6 +364,16 @@ class _DrawnOnce(TensorData):
         for start in range(0, stop, size):
             block = plain({name: column[start : start + size] for name, column in grey.items()})
             yield {n: torch.bernoulli(x, generator=generator).to(torch.uint8) for n, x in block.items()}
+
+
+def _cut(batches: Iterable[Columns], start: int, stop: int) -> Iterator[Columns]:
+    """The rows from ``start`` to ``stop`` of all that batches hold, in their batches."""
+    seen = 0
+    for batch in batches:
+        count = _length(batch)
+        if seen + count > start:
+            yield _rows(batch, slice(max(0, start - seen), max(0, stop - seen)))
+        seen += count
 
 
 def _regrouped(batches: Iterable[Columns], size: int) -> Iterator[Columns]:

@@ -81,6 +81,11 @@ class AIS:
         """The pilot run's chains move together."""
         return self.num_pilot
 
+    @property
+    def passes(self) -> int:
+        """Each law's leapfrog steps, and the weights."""
+        return self.num_steps * (self.num_leapfrog + 1)
+
     def check(self, program: Program, args: Any, kwargs: Any) -> None:
         """Evaluate the two ends of the path once.
 
@@ -94,7 +99,7 @@ class AIS:
         self, program: Program, args: Any, kwargs: Any, rows_at_once: int, recorder: Recorder = UNRECORDED
     ) -> Estimate:
         """Estimate log p(x) of a minibatch."""
-        annealing = self.prepare(LatentSpace(program.model, guide_of(program), args, kwargs))
+        annealing = self.prepare(LatentSpace(program.model, guide_of(program), args, kwargs), recorder)
         counts = chunk_sizes(self.num_particles, batch_size_of(args, kwargs), rows_at_once)
         runs = [annealing.forward(count) for count in counts]
         summary = summarize_weights([log_w for log_w, _ in runs])
@@ -104,11 +109,29 @@ class AIS:
         diagnostics = {"ess": summary.ess, "acceptance": acceptance.double()}
         return Estimate(summary.log_mean, summary.log_mean_variance, diagnostics)
 
-    def prepare(self, space: LatentSpace) -> Annealing:
+    def prepare(self, space: LatentSpace, recorder: Recorder = UNRECORDED) -> Annealing:
         """The laws between start and posterior, with step sizes from a pilot run."""
         betas = schedule(self.num_steps)
-        path, draw = self._start(space)
-        return Annealing(path, draw, betas, self._pilot(path, draw(self.num_pilot), betas), self.num_leapfrog)
+        _, draw = self._start(space)
+        law = self._laws(space, recorder)
+        return Annealing(law, draw, betas, self._pilot(law, draw(self.num_pilot), betas), self.num_leapfrog)
+
+    def _laws(self, space: LatentSpace, recorder: Recorder) -> _Laws:
+        """The law of each beta, recorded for all minibatches of the same shapes together."""
+
+        def density(u: Tensor, beta: Tensor, *tensors: Tensor) -> Tensor:
+            path, _ = self._start(space.at(*tensors))
+            return _at(path, beta)(u)
+
+        def law(beta: float) -> hmc.LogDensity:
+            if beta == 0:
+                return _at(self._start(space)[0], 0.0)
+            return lambda u: recorded_for(u)(u, u.new_tensor(beta), *space.tensors)
+
+        def recorded_for(u: Tensor) -> Callable[..., Tensor]:
+            return recorder.differentiable((u.shape, *(t.shape for t in space.tensors)), density)
+
+        return law
 
     def _start(self, space: LatentSpace) -> tuple[_Path, Callable[[int], Tensor]]:
         """The path to the posterior, and draws of where it begins."""
@@ -116,7 +139,7 @@ class AIS:
             return _from_guide(space), space.draw_guide
         return _from_prior(space), space.draw_prior
 
-    def _pilot(self, path: _Path, position: Tensor, betas: list[float]) -> list[Tensor]:
+    def _pilot(self, law: _Laws, position: Tensor, betas: list[float]) -> list[Tensor]:
         """Step sizes (M, J) for each transition, by one annealing run of chains that are then thrown away.
 
         A dimension's is in proportion to the spread of the datum's chains; their common factor, the same for all
@@ -125,7 +148,7 @@ class AIS:
         factor, step_sizes = torch.full_like(position[0, :, :1], 0.5), []
         for beta in betas[1:-1]:
             step_sizes.append(factor * position.std(0).clamp_min(1e-6))
-            target = _at(path, beta)
+            target = law(beta)
             state = hmc.init(target, position)
             state, info = hmc.step(target, state, step_size=step_sizes[-1], num_leapfrog=self.num_leapfrog)
             accepted = info.acceptance.mean(0)[:, None]
@@ -135,6 +158,10 @@ class AIS:
 
 _Path = Callable[[Tensor], tuple[Tensor, Tensor]]
 """u (K, M, J) -> log f_0(u) and log f_1(u) - log f_0(u), each (K, M)."""
+
+
+_Laws = Callable[[float], hmc.LogDensity]
+"""beta -> log f_beta."""
 
 
 def _from_guide(space: LatentSpace) -> _Path:
@@ -154,10 +181,12 @@ def _from_prior(space: LatentSpace) -> _Path:
     return path
 
 
-def _at(path: _Path, beta: float) -> hmc.LogDensity:
+def _at(path: _Path, beta: float | Tensor) -> hmc.LogDensity:
     def log_density(u: Tensor) -> Tensor:
         start, difference = path(u)
-        return start + beta * difference if beta else start  # 0 times an infinite difference is not a number
+        if isinstance(beta, float) and beta == 0:
+            return start  # 0 times an infinite difference is not a number
+        return start + beta * difference
 
     return log_density
 
@@ -174,14 +203,14 @@ class Annealing:
     """The laws f_b of a minibatch and the kernels that move between them.
 
     Attributes:
-        path: the two ends.
+        law: the log density f_b of each b.
         draw: draws of f_0, (K, M, J).
         betas: b_0 .. b_T.
         step_sizes: (M, J) for each of b_1 .. b_T-1; the last law needs no transition, for nothing follows it.
         num_leapfrog: leapfrog steps of a transition.
     """
 
-    path: _Path
+    law: _Laws
     draw: Callable[[int], Tensor]
     betas: list[float]
     step_sizes: list[Tensor]
@@ -198,11 +227,11 @@ class Annealing:
 
     def _anneal(self, position: Tensor, betas: list[float], step_sizes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Sum over the laws, in this order, of log f_new(z) - log f_old(z), and the mean acceptance, each (K, M)."""
-        state = hmc.init(_at(self.path, betas[0]), position)
+        state = hmc.init(self.law(betas[0]), position)
         log_ratio = torch.zeros_like(state.log_density, dtype=torch.float64)
         accepted = torch.zeros_like(state.log_density)
         for beta, step_size in zip(betas[1:], [*step_sizes, None], strict=True):
-            target = _at(self.path, beta)
+            target = self.law(beta)
             moved = hmc.init(target, state.position)
             log_ratio += _difference(moved, state)
             if step_size is not None:

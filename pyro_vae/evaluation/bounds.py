@@ -15,10 +15,11 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae.data import BatchIterable, Columns
+from pyro_vae.data import BatchIterable
 from pyro_vae.inputs import Inputs, batch_size_of, open_inputs
-from pyro_vae.numerics import forked_rng, mean_and_standard_error
+from pyro_vae.numerics import forked_rng, mean_and_standard_error, seeded
 from pyro_vae.objectives import SGVB, Objective
+from pyro_vae.parallel import Ranks, is_sharded, ranks
 from pyro_vae.programs import HasModelAndGuide, Program, as_program, minibatch_scale
 
 __all__ = ["BoundEstimate", "evaluate_bound", "frozen"]
@@ -59,6 +60,8 @@ def evaluate_bound(
 ) -> BoundEstimate:
     """The mean of an objective's bound over data, in nats per datum.
 
+    Under torchrun each process takes a part of the data, and all of them return the same; all of them must call it.
+
     Args:
         program: an object with ``.model`` and ``.guide``.
         data: as for :func:`pyro_vae.fit`; of a data set the test split is taken.
@@ -83,20 +86,40 @@ def evaluate_bound(
     """
     program, objective = as_program(program), SGVB() if objective is None else objective
     inputs = data if isinstance(data, Inputs) else open_inputs(program, data, split="test", batch_size=batch_size)
-    per_datum = isinstance(objective, Objective)
-    with frozen(program, seed), _unannealed(objective):
-        if isinstance(inputs.data, BatchIterable):  # opened in here: a DataLoader draws a number when it is
-            batches: Iterator[Columns] = map(inputs.data.reader, inputs.data.raw())
+    per_datum, team = isinstance(objective, Objective), ranks()
+    with _unannealed(objective):
+        if isinstance(inputs.data, BatchIterable):
+            values = _values_of_batches(program, objective, inputs, inputs.data, seed, team)
         else:
             size = batch_size if per_datum else min(batch_size, 100)
-            batches = inputs.data.drawn_once(seed, num_data).in_order(size)
-        values = [_values(program, objective, *inputs.call(columns)) for columns in batches]
+            rows = inputs.data.drawn_once(seed, num_data)
+            with frozen(program, team.seed(seed)):
+                own = rows.in_order(size, team.part(len(rows)))
+                values = [_values(program, objective, *inputs.call(columns)) for columns in own]
+    if team.size > 1:
+        values = [value for part in team.gather([value.cpu() for value in values]) for value in part]
     if per_datum:
         return BoundEstimate(*mean_and_standard_error(torch.cat(values)))
     counts = torch.tensor([len(v) for v in values], dtype=torch.float64)
     means = torch.stack([v.double().mean() for v in values]).cpu()
     _, error = mean_and_standard_error(means)
     return BoundEstimate(float((means * counts).sum() / counts.sum()), error)
+
+
+def _values_of_batches(
+    program: Program, objective: Any, inputs: Inputs, data: BatchIterable, seed: int, team: Ranks
+) -> list[Tensor]:
+    """Of an iterable's batches, of which each of several ranks takes every so many-th.
+
+    All ranks draw the same while they iterate, for the iterable may shuffle; each draws its own for its own batches.
+    """
+    values = []
+    with frozen(program, seed):  # the iterable is opened in here: a DataLoader draws a number when it is
+        for number, columns in enumerate(data.raw()):
+            if is_sharded(data.batches) or number % team.size == team.rank:
+                with contextlib.nullcontext() if team.size == 1 else seeded(team.seed(seed, number)):
+                    values.append(_values(program, objective, *inputs.call(data.reader(columns))))
+    return values
 
 
 def _values(program: Program, objective: Any, args: Any, kwargs: Any) -> Tensor:

@@ -62,6 +62,11 @@ class ImportanceSampling:
         if self.defensive and self.num_particles < 2:
             raise ValueError(f"num_particles: expected at least 2 with a defensive share, got {self.num_particles}")
 
+    @property
+    def passes(self) -> int:
+        """Once."""
+        return 1
+
     def check(self, program: Program, args: Any, kwargs: Any) -> None:
         """A few draws, as they will be made.
 

@@ -27,6 +27,7 @@ from pyro_vae.evaluation.importance import ImportanceSampling
 from pyro_vae.evaluation.posterior_density import PosteriorDensity
 from pyro_vae.evaluation.score import Method, Score
 from pyro_vae.inputs import open_inputs
+from pyro_vae.parallel import ranks
 from pyro_vae.programs import HasModelAndGuide, Program, as_program
 
 __all__ = ["METHODS", "log_marginal", "make_method"]
@@ -71,6 +72,8 @@ def log_marginal(
 ) -> Score:
     """Estimate log p(x) of each datum, in nats.
 
+    Under torchrun each process takes a part of the data, and all of them return the same; all of them must call it.
+
     Args:
         program: an object with ``.model`` and ``.guide``, its latents all in the data plate.
         x: a tensor (N, ...); a tuple or dict of tensors; or a data set, whose test split is taken. Images of type uint8
@@ -113,10 +116,16 @@ def log_marginal(
     data = inputs.tensors().drawn_once(seed)
     rows_at_once = max(1, max_elements // _elements_per_row(bridged, data))
     size = min(batch_size, max(1, rows_at_once // estimator.at_once), max(1, max_elements // estimator.num_particles))
-    work = len(data) * estimator.num_particles * max_elements // rows_at_once
+    team = ranks()
+    rows = len(data) * estimator.num_particles * estimator.passes
+    work = rows * max_elements // (rows_at_once * team.size)
     recorder = Recorder(compile, compiled=work > _WORTH_COMPILING)
-    with frozen(bridged, seed):
-        found = [estimator(bridged, *inputs.call(columns), rows_at_once, recorder) for columns in data.in_order(size)]
+    with frozen(bridged, team.seed(seed)):
+        own = data.in_order(size, team.part(len(data)))
+        found = [estimator(bridged, *inputs.call(columns), rows_at_once, recorder) for columns in own]
+    if team.size > 1:
+        parts = team.gather([estimate.to("cpu") for estimate in found])
+        found = [estimate.to(data.reader.device) for part in parts for estimate in part]
     values = torch.cat([estimate.values for estimate in found])
     _require_finite(values)
     diagnostics = {n: torch.cat([estimate.diagnostics[n] for estimate in found]) for n in found[0].diagnostics}

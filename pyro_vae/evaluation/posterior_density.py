@@ -96,6 +96,11 @@ class PosteriorDensity:
         """The chains of both halves move together."""
         return 2 * self.num_chains
 
+    @property
+    def passes(self) -> int:
+        """The leapfrog steps of both halves' chains, and their warm-up's."""
+        return (1 + 3 * self.num_warmup * self.num_chains // self.num_particles) * 2 * self.num_leapfrog
+
     def check(self, program: Program, args: Any, kwargs: Any) -> LatentSpace:
         """The latents to move in.
 
@@ -117,7 +122,7 @@ class PosteriorDensity:
         """Estimate log p(x) of a minibatch."""
         space = self.check(program, args, kwargs)
         draw = space.draw_guide if program.has_guide else space.draw_prior
-        draws, log_joint, acceptance = self._posterior(space, draw(2 * self.num_chains))
+        draws, log_joint, acceptance = self._posterior(space, draw(2 * self.num_chains), recorder)
         _warn_of_disagreement(r_hat := split_gelman_rubin(draws, chain_dim=1, sample_dim=0).amax(-1))
         fitted = self.density(draws[:, : self.num_chains].flatten(0, 1))
         half = draws[:, self.num_chains :]
@@ -127,11 +132,22 @@ class PosteriorDensity:
         diagnostics = {"ess": summary.ess, "acceptance": acceptance.double(), "r_hat": r_hat.double()}
         return Estimate(-summary.log_mean, summary.log_mean_variance, diagnostics)
 
-    def _posterior(self, space: LatentSpace, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _posterior(
+        self, space: LatentSpace, start: Tensor, recorder: Recorder = UNRECORDED
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Draws (S, 2 C, M, J), their log p(x, z), and the acceptance of each datum's chains, (M,)."""
+
+        def density(u: Tensor, *tensors: Tensor) -> Tensor:
+            return space.at(*tensors).log_density(u)
+
+        recorded = recorder.differentiable((start.shape, *(t.shape for t in space.tensors)), density)
+
+        def log_density(u: Tensor) -> Tensor:
+            return recorded(u, *space.tensors)
+
         step_size, state = hmc.adapt_step_size(
-            space.log_density,
-            hmc.init(space.log_density, start),
+            log_density,
+            hmc.init(log_density, start),
             num_steps=self.num_warmup,
             num_leapfrog=self.num_leapfrog,
             target_accept=self.target_accept,
@@ -140,7 +156,7 @@ class PosteriorDensity:
         visited = []
         for _ in range(self.num_warmup + self.num_particles // self.num_chains):
             state, info = hmc.step(
-                space.log_density, state, step_size=step_size, num_leapfrog=self.num_leapfrog, jitter=hmc.JITTER
+                log_density, state, step_size=step_size, num_leapfrog=self.num_leapfrog, jitter=hmc.JITTER
             )
             visited.append((state.position, state.log_density, info.acceptance))
         positions, log_joint, acceptance = (torch.stack(part[self.num_warmup :]) for part in zip(*visited, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from pyro_vae.compile import UNRECORDED, Recorder
@@ -28,6 +29,11 @@ class Estimate:
     variance: Tensor
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
 
+    def to(self, device: str | torch.device) -> Estimate:
+        """The same on another device."""
+        diagnostics = {name: value.to(device) for name, value in self.diagnostics.items()}
+        return Estimate(self.values.to(device), self.variance.to(device), diagnostics)
+
 
 class Method(Protocol):
     """An estimator of log p(x)."""
@@ -39,6 +45,10 @@ class Method(Protocol):
     @property
     def at_once(self) -> int:
         """How many particles of a datum must be in memory together, whatever the chunks."""
+
+    @property
+    def passes(self) -> int:
+        """How often a particle goes through the model, roughly, for its gradient or its density."""
 
     def check(self, program: Program, args: Any, kwargs: Any) -> Any:
         """Refuse, with a ValueError, a program that cannot be scored so."""

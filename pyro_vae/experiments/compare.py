@@ -44,6 +44,7 @@ from pyro_vae.experiments.grid import (
     require_objectives,
 )
 from pyro_vae.objectives import SGVB
+from pyro_vae.parallel import require_alone
 from pyro_vae.programs import HasModelAndGuide
 from pyro_vae.training import Run, fit
 from pyro_vae.training.checkpoint import CheckpointError, RunDirectory, RunDirectoryError
@@ -125,6 +126,7 @@ def compare(
         >>> [row["objective"] for row in result.rows], len(result.histories["AEVB"])
         (['AEVB', 'wake-sleep'], 1)
     """
+    require_alone("compare", "its trainings run in as many processes as n_jobs says")
     require_objectives(objectives)
     members = make_grid(objectives, settings, fit_settings, seeds, run_dir)
     binarize = fit_settings.get("binarize")

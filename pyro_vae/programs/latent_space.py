@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import operator
@@ -110,6 +111,21 @@ class LatentSpace:
         self.sites, self.dim = list(latent), sum(layout.size for layout in self._layouts.values())
         self.scale = scale_of(data_frame_of(model_sites))
         self.masked = [name for name, site in latent.items() if not torch.as_tensor(innermost(site)[1]).all()]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The minibatch's tensors: positional arguments, then the others."""
+        return [*self._args, *self._kwargs.values()]
+
+    def at(self, *tensors: Tensor) -> LatentSpace:
+        """The same space for another minibatch of the same shapes.
+
+        Args:
+            *tensors: in the places of :attr:`tensors`.
+        """
+        other, count = copy.copy(self), len(self._args)
+        other._args, other._kwargs = tensors[:count], dict(zip(self._kwargs, tensors[count:], strict=True))
+        return other
 
     def log_density(self, u: Tensor) -> Tensor:
         """The unnormalised log posterior of vectors u (K, M, J), as one of u: (K, M), in nats."""

@@ -2,6 +2,10 @@
 
 With :class:`pyro_vae.SGVB` it is the paper's Algorithm 1 (AEVB): draw a minibatch, draw noise, follow the gradient of
 the estimator, until the budget of training samples is spent.
+
+Several processes of torchrun are one run: each takes its part of every minibatch, and all take the same step by the
+gradient of the whole. Whatever they decide, they decide by numbers that are the same on all of them: the budget, sums
+over ranks (:mod:`pyro_vae.training.exchange`) and evaluations. Rank 0 alone writes.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,13 +30,15 @@ from torch.optim import Optimizer
 import pyro_vae
 from pyro_vae.data import BatchIterable, Columns, Dataset, TensorData
 from pyro_vae.evaluation import BoundEstimate, evaluate_bound
-from pyro_vae.inputs import Inputs, move_to, open_inputs
+from pyro_vae.inputs import Inputs, batch_size_of, device_of, move_to, open_inputs
 from pyro_vae.numerics import seeded
-from pyro_vae.objectives import SGVB, Objective
-from pyro_vae.programs import HasModelAndGuide, Program, as_program, model_parameters
+from pyro_vae.objectives import MCEM, SGVB, Objective
+from pyro_vae.parallel import Ranks, is_sharded, ranks, restarted
+from pyro_vae.programs import HasModelAndGuide, Program, as_program, check_program, model_parameters
 from pyro_vae.training import random_state
 from pyro_vae.training.checkpoint import Checkpoint, RunDirectory, copy_into, model_tensors
 from pyro_vae.training.compiled import CompiledStep
+from pyro_vae.training.exchange import Asked, Exchange
 from pyro_vae.training.interrupts import Signals, TrainingInterrupted
 from pyro_vae.training.optimizers import OptimizerLike, load_state, make_optimizer, optimizer_name, state_tensors
 from pyro_vae.training.progress import progress_bar
@@ -134,6 +140,12 @@ def fit(
 ) -> Run:
     """Train a program on data by stochastic gradients of a bound (arXiv:1312.6114, Algorithm 1).
 
+    Under torchrun (``torchrun --nproc-per-node=4 script.py``) all processes train one program, from rank 0's initial
+    parameters: each draws noise of its own for its part of every minibatch, and rank 0 alone writes. Latents outside
+    the data plate are drawn by each process for itself; the mean over processes is an estimate of the same bound, with
+    less noise. Running statistics of a batch are the mean over processes. An objective must be a sum over data, as all
+    of this package are; Pyro's RenyiELBO becomes that of each process's part.
+
     Args:
         program: an object with ``.model`` and ``.guide``, trained in place: a model of this package, or
             ``Program(model, guide)`` of your own functions.
@@ -145,7 +157,8 @@ def fit(
         objective: what to maximise: an objective of this package (None: ``SGVB()``) or any ELBO of Pyro's.
         optimizer: a name or class of ``torch.optim``, or a function of the parameters that returns an optimiser.
         learning_rate: None for 0.02 with Adagrad (as in the paper) and torch's default elsewhere.
-        batch_size: M; an iterable brings its own.
+        batch_size: M, of all processes together; an iterable brings its own, of which each process takes its part. (A
+            DataLoader with torch's DistributedSampler gives each process batches of its own, taken whole.)
         num_samples: training samples to see, the paper's x axis, counted from the start of the run (the batch that
             reaches them is the last); or
         epochs: passes through the data. One of the two.
@@ -158,7 +171,8 @@ def fit(
         compile: record the step as a graph after 10 steps and compile it after 1,000, which is several times as fast.
             It needs nothing of the program: what cannot be recorded runs eagerly, and a warning says why. The first
             steps give the same bits as ``compile=False``, compiled ones the same numbers but for rounding.
-        run_dir: a new directory for configuration, metrics and checkpoints.
+        run_dir: a new directory for configuration, metrics and checkpoints. A process that torchrun started again after
+            a failure goes on from the checkpoint in it.
         resume: go on from the checkpoint in ``run_dir``, bit for bit as if the run had never stopped; a directory
             without one starts from scratch. Settings must be those of the run, except that the budget may be raised.
         progress: show a bar if standard error is a terminal.
@@ -214,20 +228,25 @@ def fit(
     directory = None if run_dir is None else RunDirectory(Path(run_dir))
     if directory is None and (resume or tensorboard):
         raise ValueError("resume and tensorboard need a run_dir")
-    bridged = as_program(program)
+    bridged, team = as_program(program), ranks()
+    if device is None and team.size > 1 and device_of(bridged)[0].type == "cuda":
+        device = "cuda"  # the process's own
     if device is not None:
         move_to(bridged, device)
-    with seeded(settings.seed):
-        trainer = _Trainer(bridged, SGVB() if objective is None else objective, evaluate_with, optimizer, settings)
+    with team.one_warning(), seeded(settings.seed):
+        learner = SGVB() if objective is None else objective
+        trainer = _Trainer(bridged, learner, evaluate_with, optimizer, settings, team)
         trainer.open(data, test, valid, compile)
-    with seeded(settings.seed), contextlib.ExitStack() as stack:
+    with team.one_warning(), seeded(team.seed(settings.seed)), contextlib.ExitStack() as stack:
         if kl_warmup is not None:  # the objective may serve again
             stack.callback(trainer.objective.kl_weight.copy_, trainer.objective.kl_weight.clone())
         if directory is not None:
-            stack.enter_context(directory.locked())
-            trainer.attach(directory, resume, program, data)
+            team.from_first(lambda: stack.enter_context(directory.locked()))
+            trainer.attach(directory, resume or any(team.gather(restarted())), program, data)
             if tensorboard:
-                trainer.board = stack.enter_context(_tensorboard(directory, trainer.position.samples))
+                team.from_first(
+                    lambda: trainer.show(stack.enter_context(_tensorboard(directory, trainer.position.samples)))
+                )
         stack.enter_context(pyro.validation_enabled(False))
         stack.enter_context(_held_fixed(bridged, trainer.parameters, trainer.trained))
         trainer.train(progress)
@@ -298,9 +317,15 @@ class _Trainer:
     """A run in progress: what is trained, by what, on what, and how far it is."""
 
     def __init__(
-        self, program: Program, objective: Any, evaluate_with: Any, optimizer: OptimizerLike, settings: Settings
+        self,
+        program: Program,
+        objective: Any,
+        evaluate_with: Any,
+        optimizer: OptimizerLike,
+        settings: Settings,
+        ranks: Ranks,
     ) -> None:
-        self.program, self.objective, self.settings = program, objective, settings
+        self.program, self.objective, self.settings, self.ranks = program, objective, settings, ranks
         self._make_optimizer = optimizer
         self.position = _Position()
         self.directory: RunDirectory | None = None
@@ -324,6 +349,11 @@ class _Trainer:
             )
         if settings.kl_warmup is not None and not isinstance(getattr(objective, "kl_weight", None), Tensor):
             raise ValueError(f"kl_warmup: expected an objective with a kl_weight, got {objective!r}")
+        if ranks.size > 1 and isinstance(objective, MCEM) and objective.persistent is not False:
+            raise ValueError(
+                "MCEM keeps the chains of all data in one process: expected one process, or MCEM(persistent=False, "
+                f"num_transitions=...), whose chains begin at the prior; got {ranks.size} processes"
+            )
 
     # Setting up -------------------------------------------------------------------------------------------------------
 
@@ -332,7 +362,7 @@ class _Trainer:
         s = self.settings
         if isinstance(self.objective, Objective):
             self.objective.reset()  # it may have served before
-        self.train_inputs = self._inputs(data, "train")
+        self.train_inputs = self._checked_on_fewer(self._inputs(data, "train"))
         self.test_inputs = self._held_out(data, test, "test")
         self.valid_inputs = self._held_out(data, valid, "valid") if s.patience or valid is not None else None
         self.every = self._default_rhythm() if s.evaluate_every is None else s.evaluate_every
@@ -341,14 +371,18 @@ class _Trainer:
         self.parameters = self.program.named_parameters()
         if not self.parameters:
             raise ValueError("the program has nothing to train: no pyro.param, pyro.module or module parameters")
+        self.ranks.copy_first(self._model_tensors().values())
         self.trained = self._guide_parameters() if s.trained == "guide" else self.parameters
         self.optimizer: Optimizer = make_optimizer(self._make_optimizer, list(self.trained.values()), s.learning_rate)
+        buffers = self.program.named_buffers().values()
+        self.exchange = Exchange(self.ranks, list(self.trained.values()), buffers) if self.ranks.size > 1 else None
         prior_precision = 0.0 if s.prior_scale is None else 1 / (s.prior_scale**2 * self._num_data())
         parts = (self.program, self.objective, self.optimizer, self.trained)
         options: dict[str, Any] = {
             "prior_precision": prior_precision,
             "max_grad_norm": s.max_grad_norm,
             "precision": s.precision,
+            "exchange": self.exchange,
         }
         self.step = (
             CompiledStep(*parts, **options, shapes=self._usual_shapes()) if compile else EagerStep(*parts, **options)
@@ -359,7 +393,26 @@ class _Trainer:
         args, kwargs = self.train_inputs.first()
         data, tensors = self.train_inputs.data, [*args, *kwargs.values()]
         size = min(self.settings.batch_size, len(data)) if isinstance(data, TensorData) else len(tensors[0])
-        return [torch.Size((size, *tensor.shape[1:])) for tensor in tensors]
+        own = self._own_rows(size)
+        return [torch.Size((own.stop - own.start, *tensor.shape[1:])) for tensor in tensors]
+
+    def _own_rows(self, count: int) -> slice:
+        """Which rows of a minibatch this process takes: its part, or the first one where that is empty."""
+        own = slice(0, count) if self._is_sharded else self.ranks.part(count)
+        return own if own.start < own.stop else slice(0, 1)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return is_sharded(getattr(self.train_inputs.data, "batches", None))
+
+    def _checked_on_fewer(self, inputs: Inputs) -> Inputs:
+        """Whether the program's plate states N does not show on a batch that is all of the data; on a part it does."""
+        if self.ranks.size == 1:
+            return inputs
+        args, kwargs = inputs.first()
+        few = slice(0, max(1, batch_size_of(args, kwargs) - 1))
+        part = [tensor[few] for tensor in args], {name: tensor[few] for name, tensor in kwargs.items()}
+        return replace(inputs, check=check_program(self.program, *part))
 
     def _guide_parameters(self) -> dict[str, Tensor]:
         args, kwargs = self.train_inputs.first()
@@ -390,18 +443,32 @@ class _Trainer:
     def attach(self, directory: RunDirectory, resume: bool, program: Any, data: Any) -> None:
         """Start a new run directory, or go on from the checkpoint in it."""
         self.directory = directory
+        config, checkpoint = self.ranks.from_first(lambda: self._prepare(directory, resume, program, data))
+        self.every = config["evaluate_every"]
+        if checkpoint is not None:
+            self._load(checkpoint)
+        self.ranks.from_first(lambda: self._begin(directory, config))
+        self._save()
+
+    def _prepare(
+        self, directory: RunDirectory, resume: bool, program: Any, data: Any
+    ) -> tuple[dict[str, Any], Checkpoint | None]:
         config = self._config(program, data)
         if resume and directory.config_file.exists():
             stored = directory.read_config()
             require_same_run(stored, config, directory.path)
-            self.every = config["evaluate_every"] = stored.get("evaluate_every", self.every)
+            config["evaluate_every"] = stored.get("evaluate_every", self.every)
         else:
             directory.require_new()
-        if resume and directory.state_file.exists():
-            self._load(directory.load())
+        return config, directory.load() if resume and directory.state_file.exists() else None
+
+    def _begin(self, directory: RunDirectory, config: dict[str, Any]) -> None:
         directory.write_config(config)
         directory.write_metrics(self.position.history)
-        self._save()
+
+    def show(self, board: Any) -> None:
+        """Write events to a TensorBoard writer from now on."""
+        self.board = board
 
     def _config(self, program: Any, data: Any) -> dict[str, Any]:
         return {
@@ -414,7 +481,7 @@ class _Trainer:
             "data": describe_data(data, self.train_inputs),
             "fit": vars(self.settings),
             "evaluate_every": self.every,
-            "environment": describe_environment(self.parameters, isinstance(self.step, CompiledStep)),
+            "environment": describe_environment(self.parameters, isinstance(self.step, CompiledStep), self.ranks.size),
         }
 
     # The loop ---------------------------------------------------------------------------------------------------------
@@ -422,13 +489,16 @@ class _Trainer:
     def train(self, progress: bool) -> None:
         """Take steps until the budget is spent; evaluate, save and stop on the way as the settings say."""
         self._saved_at = time.monotonic()
-        with progress_bar(progress, self._budget(), self.position.samples) as self._report, Signals() as signals:
+        bar = progress_bar(progress and self.ranks.first, self._budget(), self.position.samples)
+        with bar as self._report, Signals() as self._signals:
+            if self.exchange is not None:
+                self.exchange.asks = self._asks
             while not self._finished():
-                for index, columns in self._rest_of_epoch():
-                    self._take_step(index, columns)
+                for batch in self._rest_of_epoch():
+                    self._take_step(batch)
                     self._evaluate_and_save_if_due()
-                    if signals.received is not None:
-                        self._interrupt(signals.received)
+                    if (received := self._received()) is not None:
+                        self._interrupt(received)
                     if self._finished():
                         break
                 else:
@@ -441,22 +511,35 @@ class _Trainer:
                     if self.every is None:
                         self._evaluate()
             self._finish()
-            if signals.received is not None:
-                self._interrupt(signals.received)
+            if received := next(filter(None, self.ranks.gather(self._signals.received)), None):
+                self._interrupt(received)
 
-    def _take_step(self, index: Tensor | None, columns: Columns) -> None:
-        size = len(next(iter(columns.values())))
+    def _asks(self) -> Asked:
+        received = self._signals.received
+        save = self.ranks.first and self._is_long_unsaved()
+        return Asked(received == signal.SIGINT, received == signal.SIGTERM, save, self.step.refused is not None)
+
+    def _received(self) -> int | None:
+        """The signal to stop by, if this process has received one, or one of those that it works with."""
+        return self._signals.received if self.exchange is None else self.exchange.agreed.signal
+
+    def _is_long_unsaved(self) -> bool:
+        return time.monotonic() - self._saved_at > _SECONDS_BETWEEN_CHECKPOINTS
+
+    def _take_step(self, batch: Batch) -> None:
         position, started = self.position, time.perf_counter()
         if self.settings.kl_warmup is not None:
             self.objective.kl_weight.fill_(min(1.0, position.samples / self.settings.kl_warmup))
-        args, kwargs = self.train_inputs.call(columns)
         try:
-            loss = self.step(Batch(args, kwargs, self.train_inputs.check.data_of(size), index))
+            loss = self.step(batch)
         except NonFiniteLossError as error:
             raise NonFiniteLossError(
                 f"epoch {position.epoch}, batch {position.batch}, after {position.samples:,} samples: "
                 f"{error}{self._kept()}"
             ) from None
+        if self.exchange is not None and self.exchange.agreed.eager:
+            self._refuse_with_the_others()
+        size = batch.rows if self.exchange is None else self.exchange.rows
         position.samples += size
         position.batch += 1
         position.steps, position.refused = self.step.taken, self.step.refused
@@ -466,13 +549,19 @@ class _Trainer:
         position.seconds += time.perf_counter() - started
         self._newest = size
 
+    def _refuse_with_the_others(self) -> None:
+        """Eager steps where another process cannot do otherwise: paths differ by rounding, and parameters must not."""
+        if self.step.refused is None:
+            assert isinstance(self.step, CompiledStep)
+            self.step.refuse("another process's step cannot be recorded")
+
     def _evaluate_and_save_if_due(self) -> None:
         save_every = self.settings.checkpoint_every
         self._report(self.position.samples, None)
         if self.every is not None and self._crossed(self.every):
             self._evaluate()
         due = save_every is not None and self._crossed(save_every)
-        if due or time.monotonic() - self._saved_at > _SECONDS_BETWEEN_CHECKPOINTS:
+        if due or (self._is_long_unsaved() if self.exchange is None else self.exchange.agreed.save):
             self._save()
 
     def _crossed(self, every: int) -> bool:
@@ -494,13 +583,26 @@ class _Trainer:
         spent = self.position.samples >= budget if budget is not None else self.position.epoch >= (epochs or 0)
         return spent or self.position.stopped_early
 
-    def _rest_of_epoch(self) -> Iterator[tuple[Tensor | None, Columns]]:
+    def _rest_of_epoch(self) -> Iterator[Batch]:
+        """The minibatches, or this process's part of each; only what is taken is read."""
         data, position, s = self.train_inputs.data, self.position, self.settings
         if isinstance(data, TensorData):
-            return data.shuffled(s.batch_size, s.seed, position.epoch, skip=position.batch)
+            for index in data.shuffle(s.batch_size, s.seed, position.epoch, skip=position.batch):
+                own = index[self._own_rows(len(index))]
+                yield self._batch(data.rows(own), len(index), own.to(data.reader.device))
+            return
         if not hasattr(self, "_replay"):
             self._replay = _replay(data, s.seed, position.epoch, position.batch)
-        return ((None, columns) for columns in next(self._replay))
+        for columns in next(self._replay):
+            count = len(next(iter(columns.values())))
+            own_rows = self._own_rows(count)
+            yield self._batch(data.reader({name: c[own_rows] for name, c in columns.items()}), count)
+
+    def _batch(self, columns: Columns, count: int, index: Tensor | None = None) -> Batch:
+        """This process's part of a minibatch of so many rows."""
+        args, kwargs = self.train_inputs.call(columns)
+        num_data = self.train_inputs.check.data_of(len(next(iter(columns.values()))))
+        return Batch(args, kwargs, num_data, index, stands_in=count <= self.ranks.rank and not self._is_sharded)
 
     def _finish(self) -> None:
         self._evaluate(on_rhythm=False)
@@ -521,12 +623,13 @@ class _Trainer:
             return
         self.step.compare()
         self.position.refused = self.step.refused
-        history.append(row := self._row())
+        row = self._row()
+        history.append(row := self.ranks.from_first(lambda: row))  # every process has a clock of its own
         if on_rhythm:
             self.position.log_joint, self.position.since_row = 0.0, 0
         if on_rhythm and self.settings.patience is not None:
             self._note_best(row["valid_bound"])
-        if self.directory is not None:
+        if self.directory is not None and self.ranks.first:
             self.directory.append_metrics(row)
         if self.board is not None:
             for name, value in row.items():
@@ -579,19 +682,24 @@ class _Trainer:
                     f"parameter '{name}' became NaN or infinite by a gradient, after {self.position.samples:,} "
                     f"samples{self._kept()}"
                 )
+        own = {"objective": self._objective_state(), "random": random_state.capture()}
+        directory, everyones = self.directory, self.ranks.gather(_on_cpu(own))
+        self.ranks.from_first(lambda: self._write(directory, everyones))
+
+    def _write(self, directory: RunDirectory, everyones: list[dict[str, dict[str, Tensor]]]) -> None:
         parts = {
             "model": self._model_tensors(),
             "best": self.best,
             "optimizer": state_tensors(self.optimizer, list(self.trained)),
-            "objective": self._objective_state(),
-            "random": random_state.capture(),
         }
+        for rank, own in enumerate(everyones):
+            parts |= {_of_rank(part, rank): named for part, named in own.items()}
         tensors = {f"{part}/{n}": t.detach() for part, named in parts.items() for n, t in named.items()}
         try:
-            self.directory.save(Checkpoint(tensors, {"position": vars(self.position)}))
+            directory.save(Checkpoint(tensors, {"position": vars(self.position)}))
         except OSError as error:
             raise OSError(
-                error.errno, f"could not write a checkpoint in {self.directory.path}: {error.strerror}{self._kept()}"
+                error.errno, f"could not write a checkpoint in {directory.path}: {error.strerror}{self._kept()}"
             ) from error
 
     def _load(self, checkpoint: Checkpoint) -> None:
@@ -600,9 +708,13 @@ class _Trainer:
         copy_into(self._model_tensors(), checkpoint.part("model"))
         self.best = checkpoint.part("best")
         load_state(self.optimizer, list(self.trained), checkpoint.part("optimizer"))
-        if objective := checkpoint.part("objective"):
+        own = {part: checkpoint.part(_of_rank(part, self.ranks.rank)) for part in ("objective", "random")}
+        if objective := own["objective"] or checkpoint.part("objective"):
             self.objective.load_state_dict(objective)
-        random_state.restore(checkpoint.part("random"))
+        if not own["random"]:  # the run had fewer processes
+            with seeded(self.ranks.seed(self.settings.seed, self.position.samples)):
+                own["random"] = random_state.capture()
+        random_state.restore(own["random"])
 
     def _objective_state(self) -> dict[str, Tensor]:
         state_dict = getattr(self.objective, "state_dict", None)
@@ -626,14 +738,25 @@ class _Trainer:
         )
 
 
+def _of_rank(part: str, rank: int) -> str:
+    """What a checkpoint calls a part that each process has of its own."""
+    return part if rank == 0 else f"{part}-{rank}"
+
+
+def _on_cpu(parts: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    return {part: {name: tensor.cpu() for name, tensor in named.items()} for part, named in parts.items()}
+
+
 def _replay(data: BatchIterable, seed: int, epoch: int, batch: int) -> Iterator[Iterator[Columns]]:
-    """The epochs of an iterable from a position on; what came before is made again and left out.
+    """The epochs of an iterable from a position on, not yet read; what came before is made again and left out.
 
     The iterable draws from a random stream of its own, so that its order does not depend on what training draws.
     """
     stream = random_state.Stream(seed)
 
-    def one_epoch() -> Iterator[Columns]:
+    def one_epoch(number: int) -> Iterator[Columns]:
+        if is_sharded(data.batches):
+            data.batches.sampler.set_epoch(number)  # type: ignore[attr-defined]
         with stream.active():
             batches = data.raw()
         while True:
@@ -643,13 +766,13 @@ def _replay(data: BatchIterable, seed: int, epoch: int, batch: int) -> Iterator[
                 return
             yield columns
 
-    for _ in range(epoch):
-        for _ in one_epoch():
+    for number in range(epoch):
+        for _ in one_epoch(number):
             pass
     # What is skipped is not read: reading may draw, and those draws are behind the training stream already.
-    yield map(data.reader, itertools.islice(one_epoch(), batch, None))
-    while True:
-        yield map(data.reader, one_epoch())
+    yield itertools.islice(one_epoch(epoch), batch, None)
+    for number in itertools.count(epoch + 1):
+        yield one_epoch(number)
 
 
 def _columns(split: str, bound: BoundEstimate | None) -> dict[str, float | None]:

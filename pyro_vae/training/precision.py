@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["PRECISIONS", "products_in"]
 
@@ -24,22 +25,29 @@ _PRODUCTS = {
     functional.conv_transpose2d,
     functional.conv_transpose3d,
     torch.addmm,
-    torch.bmm,
     torch.baddbmm,
+    torch.bmm,
+    torch.einsum,
     torch.matmul,
     torch.mm,
-    Tensor.matmul,
+    torch.mv,
+    torch.tensordot,
     Tensor.__matmul__,
     Tensor.__rmatmul__,
+    Tensor.addmm,
+    Tensor.baddbmm,
     Tensor.bmm,
+    Tensor.matmul,
     Tensor.mm,
+    Tensor.mv,
 }
 
 
 def products_in(precision: str) -> contextlib.AbstractContextManager[Any]:
     """A context in which matrix products are taken in a precision.
 
-    "bf16" rounds the factors of every matrix product and convolution to bfloat16 (8 bits of mantissa), in the forward
+    "bf16" rounds the factors of matrix products and convolutions (not those inside recurrent layers, which are one
+    operation of torch's) to bfloat16 (8 bits of mantissa), in the forward
     and the backward pass, and returns the result in the factors' own type. Weights, gradients, optimiser state,
     densities and their sums stay as they are: a log density is a sum over hundreds of pixels, of which bfloat16 would
     keep two digits.
@@ -53,13 +61,14 @@ def products_in(precision: str) -> contextlib.AbstractContextManager[Any]:
 class _HalfProducts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _PRODUCTS:
+        if func not in _PRODUCTS or "out" in kwargs:
             return func(*args, **kwargs)
-        dtype = next((value.dtype for value in args if isinstance(value, Tensor)), None)
-        if dtype not in (torch.float32, torch.float64):
+        dtypes = {value.dtype for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
             return func(*args, **kwargs)
-        return func(*map(_half, args), **{name: _half(value) for name, value in kwargs.items()}).to(dtype)
+        args, kwargs = tree_map(_half, (args, kwargs))
+        return func(*args, **kwargs).to(dtypes.pop())
 
 
 def _half(value: Any) -> Any:
-    return value.to(torch.bfloat16) if isinstance(value, Tensor) and value.is_floating_point() else value
+    return value.to(torch.bfloat16) if isinstance(value, Tensor) else value

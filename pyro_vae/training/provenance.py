@@ -21,7 +21,7 @@ from pyro_vae.training.checkpoint import CheckpointError
 __all__ = ["checksum", "describe", "describe_data", "describe_environment", "require_same_run"]
 
 
-_SINCE = {"trained": "all", "precision": "full", "steps": "eager"}  # what older runs do not state
+_SINCE = {"trained": "all", "precision": "full", "steps": "eager", "processes": 1}  # what older runs do not state
 
 
 def describe(thing: Any) -> dict[str, Any]:
@@ -48,11 +48,12 @@ def checksum(columns: Iterable[Tensor]) -> int:
     return value
 
 
-def describe_environment(parameters: Mapping[str, Tensor], compile: bool) -> dict[str, Any]:
+def describe_environment(parameters: Mapping[str, Tensor], compile: bool, processes: int = 1) -> dict[str, Any]:
     """What decides, beside the settings, whether a run can be repeated bit for bit."""
     first = next(iter(parameters.values()))
     return {
         "steps": "compiled" if compile else "eager",
+        "processes": processes,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
@@ -92,5 +93,5 @@ def require_same_run(stored: Mapping[str, Any], config: Mapping[str, Any], path:
     for name, value in config["environment"].items():
         if (before := stored.get("environment", {}).get(name, _SINCE.get(name))) != value:
             warnings.warn(
-                f"this run was trained with {name} {before}, now {value}: it goes on, but not bit for bit", stacklevel=4
+                f"this run was trained with {name} {before}, now {value}: it goes on, but not bit for bit", stacklevel=6
             )

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyro_vae.inputs import batch_size_of
 from pyro_vae.objectives import Objective
 from pyro_vae.programs import Program, log_weights
+from pyro_vae.training.exchange import Exchange
 from pyro_vae.training.precision import products_in
 
 __all__ = ["Batch", "EagerStep", "Gradients", "NonFiniteLossError"]
@@ -34,17 +36,24 @@ class Batch:
         kwargs: keyword arguments.
         num_data: how many data the loss stands for: its own, or all N where the program's plate scales to N.
         index: its rows in the data set, (M,); None if they have no number.
+        stands_in: its rows are another process's, for this one has none, and must not count twice.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     num_data: int
     index: Tensor | None = None
+    stands_in: bool = False
 
     @property
     def tensors(self) -> list[Tensor]:
         """Its tensors, in order."""
         return [*self.args, *self.kwargs.values()]
+
+    @property
+    def rows(self) -> int:
+        """How many of its data count."""
+        return 0 if self.stands_in else batch_size_of(self.args, self.kwargs)
 
 
 class EagerStep:
@@ -59,6 +68,7 @@ class EagerStep:
             mean objective (maximum a posteriori; arXiv:1312.6114, Sec. 5).
         max_grad_norm: rescale the gradient of the mean loss to at most this Euclidean norm.
         precision: of the matrix products; see :func:`pyro_vae.training.precision.products_in`.
+        exchange: with the other processes that take the same step on other rows; None for a process alone.
 
     Attributes:
         taken: how many steps the run has taken.
@@ -76,10 +86,12 @@ class EagerStep:
         prior_precision: float = 0.0,
         max_grad_norm: float | None = None,
         precision: str = "full",
+        exchange: Exchange | None = None,
     ) -> None:
         self.program, self.objective, self.optimizer = program, objective, optimizer
         self.parameters, self.tensors = parameters, list(parameters.values())
         self.prior_precision, self.max_grad_norm, self.precision = prior_precision, max_grad_norm, precision
+        self.exchange, self._own_is_finite = exchange, True
         self.taken = 0
         self.refused: str | None = None
         self.say: Callable[[str], None] = lambda text: None
@@ -100,14 +112,26 @@ class EagerStep:
         """
         value = math.nan
         for _ in _updates(self.objective, self.program, batch):
-            loss, gradients = self.gradients(batch)
+            loss, gradients = self.gradients(batch) if self.exchange is None else self._exchanged(self.exchange, batch)
             value = float(loss)
             if not math.isfinite(value):
-                reason = explain(self.program, self.parameters, batch.args, batch.kwargs)
-                raise NonFiniteLossError(f"the loss became {value}: {reason}")
+                raise NonFiniteLossError(f"the loss became {value}: {self._reason(batch)}")
             self.update(gradients)
         self.taken += 1
         return value
+
+    def _exchanged(self, exchange: Exchange, batch: Batch) -> tuple[float, Gradients]:
+        """The mean loss and its gradients over the rows of all processes."""
+        exchange.begin()
+        loss, gradients = self.gradients(batch)
+        self._own_is_finite = math.isfinite(float(loss))
+        return exchange(loss, gradients, batch.rows)
+
+    def _reason(self, batch: Batch) -> str:
+        if self.exchange is None:
+            return explain(self.program, self.parameters, batch.args, batch.kwargs)
+        own = "" if self._own_is_finite else explain(self.program, self.parameters, batch.args, batch.kwargs)
+        return next(filter(None, self.exchange.ranks.gather(own)), "not finite: the sum over processes")
 
     def gradients(self, batch: Batch) -> tuple[Tensor | float, Gradients]:
         """The mean loss and its gradients."""
@@ -121,7 +145,8 @@ class EagerStep:
         loss = self.objective.differentiable_loss(model, guide, *batch.args, **batch.kwargs) / batch.num_data
         if not loss.requires_grad:
             return loss, [None] * len(self.tensors)
-        return loss.detach(), torch.autograd.grad(loss, self.tensors, allow_unused=True)
+        found = torch.autograd.grad(loss, self.tensors, allow_unused=True)
+        return loss.detach(), [None if g is None else _laid_out(g, t) for g, t in zip(found, self.tensors, strict=True)]
 
     def _by_pyro(self, batch: Batch) -> tuple[Tensor | float, Gradients]:
         """For an ELBO that computes its gradients itself, and leaves them in ``.grad``."""
@@ -134,15 +159,23 @@ class EagerStep:
         """Make sure that steps still do what the program says: eager ones do."""
 
     def update(self, gradients: Gradients) -> None:
-        """Move the parameters by the gradients of the mean loss."""
+        """Move the parameters by the gradients of the mean loss, which are not written to: two may be one tensor."""
+        if self.prior_precision:
+            pairs = zip(gradients, self.tensors, strict=True)
+            gradients = [None if g is None else g.add(t.detach(), alpha=self.prior_precision) for g, t in pairs]
+        if self.max_grad_norm is not None:
+            norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+            factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            gradients = [None if g is None else g * factor for g in gradients]
         for tensor, gradient in zip(self.tensors, gradients, strict=True):
             tensor.grad = gradient
-        if self.prior_precision:
-            given = [(t.grad, t.detach()) for t in self.tensors if t.grad is not None]
-            torch._foreach_add_([g for g, _ in given], [t for _, t in given], alpha=self.prior_precision)
-        if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.tensors, self.max_grad_norm)
         self.optimizer.step()
+        self.optimizer.zero_grad()  # the next gradients come to lie where these were
+
+
+def _laid_out(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """A gradient in the layout of its parameter, as fused optimisers take it for granted."""
+    return gradient if gradient.stride() == tensor.stride() else torch.empty_like(tensor).copy_(gradient)
 
 
 def _updates(objective: Any, program: Program, batch: Batch) -> Iterable[None]:

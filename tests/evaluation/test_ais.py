@@ -181,7 +181,7 @@ def from_its_own_chains(target, state, *, step_size, num_leapfrog, original=hmc.
 def test_step_sizes_adapted_to_the_chains_themselves_are_rejected(monkeypatch):
     annealing, truth, _ = prepared("prior", num_steps=12)
     wide = [3 * size for size in annealing.step_sizes]
-    chains = Annealing(annealing.path, annealing.draw, annealing.betas, wide, 1)
+    chains = Annealing(annealing.law, annealing.draw, annealing.betas, wide, 1)
     honest, _ = chains.forward(12)
     monkeypatch.setattr(ais.hmc, "step", from_its_own_chains)
     own, _ = chains.forward(12)
@@ -452,7 +452,7 @@ def exact_draws(num_particles=3):
 
 def inverse(annealing, truth, draws, **changes):
     """p(x) times the mean inverse weight of chains from given draws back to the start."""
-    names = ("path", "draw", "betas", "step_sizes", "num_leapfrog")
+    names = ("law", "draw", "betas", "step_sizes", "num_leapfrog")
     log_w, acceptance = Annealing(**{name: getattr(annealing, name) for name in names} | changes).backward(draws)
     assert log_w.shape == acceptance.shape == draws.shape[:2]
     return (truth - log_w).exp().mean(0)

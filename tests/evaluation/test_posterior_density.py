@@ -125,7 +125,7 @@ DATUM = ((0.3, -1.0, 0.8),)
 def exact_draws(monkeypatch, wrong=lambda draws, mean: draws):
     """Chains of independent exact draws of the posterior."""
 
-    def posterior(self, space, start):
+    def posterior(self, space, start, recorder):
         law = posterior_of(space._args[0])
         draws = wrong(law.sample((self.num_particles // self.num_chains, 2 * self.num_chains)), law.mean)
         log_joint = torch.stack([space.density(part).log_joint for part in draws])
@@ -186,8 +186,8 @@ def test_planted_bugs_are_rejected(bug, monkeypatch):
 def test_a_log_joint_without_its_prior_is_rejected(monkeypatch):
     exact_draws(monkeypatch)
 
-    def posterior(self, space, start, original=PosteriorDensity._posterior):
-        draws, _, acceptance = original(self, space, start)
+    def posterior(self, space, start, recorder, original=PosteriorDensity._posterior):
+        draws, _, acceptance = original(self, space, start, recorder)
         return draws, torch.stack([space.density(part).log_likelihood for part in draws]), acceptance
 
     monkeypatch.setattr(PosteriorDensity, "_posterior", posterior)
@@ -217,8 +217,8 @@ def test_one_half_is_fitted_to_and_the_other_averaged(monkeypatch):
         fitted = fit_gaussian(draws)
         return lambda u: fitted(draws)  # of the points it was fitted to
 
-    def posterior(self, space, start, original=PosteriorDensity._posterior):
-        draws, log_joint, acceptance = original(self, space, start)
+    def posterior(self, space, start, recorder, original=PosteriorDensity._posterior):
+        draws, log_joint, acceptance = original(self, space, start, recorder)
         half = self.num_chains
         return torch.cat([draws[:, :half]] * 2, 1), torch.cat([log_joint[:, :half]] * 2, 1), acceptance
 

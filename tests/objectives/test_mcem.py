@@ -380,7 +380,6 @@ def test_the_guide_is_left_alone():
     pv.fit(vae, torch.bernoulli(torch.full((20, 6), 0.5)), objective=MCEM(), epochs=2, prior_scale=1.0)
     for name, tensor in vae.named_parameters():
         assert torch.equal(tensor, before[name]) == name.startswith("encoder"), name
-        assert (tensor.grad is None) == name.startswith("encoder"), name
 
 
 def test_it_works_in_pyros_svi():
