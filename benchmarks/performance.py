@@ -43,6 +43,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 import pyro_vae as pv
+from pyro_vae.compile import Recorder
 from pyro_vae.evaluation import ImportanceSampling
 from pyro_vae.plots import LINE_COLOURS, STYLE
 from pyro_vae.programs import as_program
@@ -121,29 +122,32 @@ class Package(peers.Peer):
 
 
 class PackageScore(peers.Peer):
-    """:func:`pyro_vae.log_marginal`, by importance sampling.
+    """What :func:`pyro_vae.log_marginal` does for a minibatch, by importance sampling, diagnostics included.
 
     Args:
         vae: whose parameters are copied.
         x: data, (M, 784).
         num_particles: K.
+        compiled: by compiled graphs, as it does where there are many minibatches.
     """
 
     estimator = "IWAE"
 
-    def __init__(self, vae: pv.VAE, x: Tensor, num_particles: int) -> None:
-        self.vae, self.x, self.num_particles, self.steps = peers.clone(vae), x, num_particles, len(x)
+    def __init__(self, vae: pv.VAE, x: Tensor, num_particles: int, compiled: bool) -> None:
+        self.program, self.x, self.steps = as_program(peers.clone(vae)), x, len(x)
+        self.method, self.recorder = ImportanceSampling(num_particles), Recorder(compiled, compiled=True)
 
+    @torch.no_grad()
     def step(self) -> None:
         """Score every datum."""
-        pv.log_marginal(self.vae, self.x, num_particles=self.num_particles, binarize="none")
+        with pyro.validation_enabled(False):
+            self.method(self.program, (self.x,), {}, peers.ROWS_AT_ONCE, self.recorder)
 
     @torch.no_grad()
     def bound(self, x: Tensor, eps: Tensor) -> float:
-        """The mean score at given noise, by the estimator that ``log_marginal`` calls for a minibatch."""
-        program = as_program(self.vae)
+        """The mean score at given noise, without graphs, whose noise is their own."""
         with peers.GivenNoise(eps):
-            return ImportanceSampling(len(eps))(program, (x,), {}, peers.ROWS_AT_ONCE).values.mean().item()
+            return ImportanceSampling(len(eps))(self.program, (x,), {}, peers.ROWS_AT_ONCE).values.mean().item()
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -183,7 +187,8 @@ def score_makers(vae: pv.VAE, x: Tensor, num_particles: int) -> dict[str, Maker]
     """Everyone who estimates log p(x)."""
     arguments = vae, x, num_particles
     return {
-        "pyro_vae": partial(PackageScore, *arguments),
+        "pyro_vae eager": partial(PackageScore, *arguments, compiled=False),
+        "pyro_vae compiled": partial(PackageScore, *arguments, compiled=True),
         "Pyro, validation off": partial(peers.PyroScore, *arguments),
         "PyTorch by hand": partial(peers.ByHandScore, *arguments),
         "PyTorch by hand, compiled": partial(peers.ByHandScore, *arguments, compiled=True),

@@ -41,7 +41,8 @@ METHODS: dict[str, Any] = {
 # Particles times data times their width in flight: 16 MB a tensor in float32, of which a pass holds about ten. (Tensors
 # of twice the size, just below what the C library's allocator gives back at once, made the peak vary by a gigabyte.)
 _MAX_ELEMENTS = 4_000_000
-_WORTH_COMPILING = 4_000_000_000  # such numbers in all: half a minute's work for a core or two
+# Such numbers in all: some seconds' work for a core or two, and half a minute's.
+_WORTH_RECORDING, _WORTH_COMPILING = 400_000_000, 4_000_000_000
 
 
 def make_method(method: str, num_particles: int | None = None, **options: Any) -> Method:
@@ -86,8 +87,8 @@ def log_marginal(
             values do not depend on it but for the order of the noise.
         binarize: "dynamic" or "none"; None as the data set says, else "dynamic".
         seed: of the noise and of the binarisation; torch's own generators are left as they were.
-        compile: record what is computed for one minibatch after the other as a graph, and compile it where there is
-            work for half a minute or more; the numbers are the same but for rounding.
+        compile: where there is work for some seconds, record what is computed for one minibatch after the other as a
+            graph, and where there is work for half a minute, compile it; the numbers are the same but for rounding.
         **options: of the method: ``defensive`` of "importance"; ``num_steps``, ``num_leapfrog``, ``initial``,
             ``target_accept``, ``num_pilot`` of "ais"; ``num_chains``, ``num_warmup``, ``num_leapfrog``,
             ``target_accept``, ``density`` of "posterior-density". Their classes say what they mean.
@@ -119,7 +120,7 @@ def log_marginal(
     team = ranks()
     rows = len(data) * estimator.num_particles * estimator.passes
     work = rows * max_elements // (rows_at_once * team.size)
-    recorder = Recorder(compile, compiled=work > _WORTH_COMPILING)
+    recorder = Recorder(compile and work > _WORTH_RECORDING, compiled=work > _WORTH_COMPILING)
     with frozen(bridged, team.seed(seed)):
         own = data.in_order(size, team.part(len(data)))
         found = [estimator(bridged, *inputs.call(columns), rows_at_once, recorder) for columns in own]

@@ -10,6 +10,7 @@ import pyro_vae as pv
 from pyro_vae import compile
 from pyro_vae.evaluation import marginal
 
+WORTH_RECORDING = marginal._WORTH_RECORDING
 OPTIONS = {
     "importance": {"num_particles": 60},
     "defensive": {"method": "importance", "num_particles": 60, "defensive": 0.2},
@@ -19,9 +20,15 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def always(monkeypatch):
+    """However little there is to do."""
+    monkeypatch.setattr(marginal, "_WORTH_RECORDING", 0)
+
+
 @pytest.fixture
 def graphs(monkeypatch):
-    """How many graphs were made."""
+    """The graphs that were made."""
     made = []
 
     def capture(*args, original=compile.capture):
@@ -70,6 +77,12 @@ def test_a_compiled_score_is_the_score(name, monkeypatch):
     found, plain = score(True, rows=8, **OPTIONS[name]), score(False, rows=8, **OPTIONS[name])
     assert compiled
     torch.testing.assert_close(found.values, plain.values, atol=1e-10, rtol=0)
+
+
+def test_little_work_is_not_worth_a_graph(monkeypatch, graphs):
+    monkeypatch.setattr(marginal, "_WORTH_RECORDING", WORTH_RECORDING)
+    score(True, num_particles=60)
+    assert not graphs
 
 
 @pytest.mark.filterwarnings("ignore:annealed importance")
