@@ -113,7 +113,7 @@ class CompiledStep(EagerStep):
             with self._aside(), mock.patch.object(pyro.util, "torch_isnan", return_value=False):
                 graph = capture(loss_and_gradients, inputs, state)
                 self._require_own_buffers(state)
-                self._graph = graph.as_cuda_graph(inputs) if inputs[0].is_cuda else graph
+                self._graph = graph.on_device(inputs)
         except CaptureError as error:
             self.refuse(f"the step cannot be recorded: {error}")
         else:
@@ -126,7 +126,7 @@ class CompiledStep(EagerStep):
         try:
             with self._aside():
                 graph = self._graph.compiled(inputs)
-                self._graph = graph.as_cuda_graph(inputs) if inputs[0].is_cuda else graph
+                self._graph = graph.on_device(inputs)
         except CaptureError as error:
             self._compiled, self.compile_after = False, torch.iinfo(torch.int64).max
             warnings.warn(f"the step runs as recorded, but not compiled: {error}", stacklevel=2)

@@ -372,6 +372,9 @@ class _Trainer:
         if not self.parameters:
             raise ValueError("the program has nothing to train: no pyro.param, pyro.module or module parameters")
         self.ranks.copy_first(self._model_tensors().values())
+        weight = getattr(self.objective, "kl_weight", None)
+        if isinstance(weight, Tensor):  # a CUDA graph reads nothing but its own device
+            self.objective.kl_weight = weight.to(next(iter(self.parameters.values())).device)
         self.trained = self._guide_parameters() if s.trained == "guide" else self.parameters
         self.optimizer: Optimizer = make_optimizer(self._make_optimizer, list(self.trained.values()), s.learning_rate)
         buffers = self.program.named_buffers().values()
