@@ -389,11 +389,14 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
+    """Keep to itself what torch says of its own parts: a logger's warnings, and Python's."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)
 
