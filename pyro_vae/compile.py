@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
@@ -49,7 +49,7 @@ __all__ = [
     "unchanged",
 ]
 
-_LIBRARY = torch.library.Library("pyro_vae", "DEF")
+_LIBRARY = library.Library("pyro_vae", "DEF")
 _LARGE = 20_000_000  # multiplications of a matrix product
 _SEED = 1_312_6114  # of noise that is not the noise that was recorded
 _LARGEST = 3_000  # operations; Inductor's time grows faster than their number, to minutes
@@ -253,9 +253,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 _LIBRARY.define("product(Tensor a, Tensor b, Tensor? bias=None) -> Tensor")
 _LIBRARY.impl("product", _product, "CPU")
-torch.library.register_fake(
-    "pyro_vae::product", lambda a, b, bias=None: a.new_empty(a.shape[0], b.shape[1]), lib=_LIBRARY
-)
+library.register_fake("pyro_vae::product", lambda a, b, bias=None: a.new_empty(a.shape[0], b.shape[1]), lib=_LIBRARY)
 
 
 def _draws(node: Node) -> bool:
@@ -282,7 +280,7 @@ def _ordered(function: Any) -> Any:
 
     _LIBRARY.define(f"{name}(Tensor order, {arguments} -> ({returns})", tags=(torch.Tag.nondeterministic_seeded,))
     _LIBRARY.impl(name, draw, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pyro_vae::{name}", draw, lib=_LIBRARY)
+    library.register_fake(f"pyro_vae::{name}", draw, lib=_LIBRARY)
     return getattr(torch.ops.pyro_vae, name).default
 
 
