@@ -53,6 +53,7 @@ _LIBRARY = library.Library("pyro_vae", "DEF")
 _LARGE = 20_000_000  # multiplications of a matrix product
 _SEED = 1_312_6114  # of noise that is not the noise that was recorded
 _LARGEST = 3_000  # operations; Inductor's time grows faster than their number, to minutes
+_ROUNDING = 1e-4  # relative difference that it may explain
 _WARM_UP = 3  # runs before a CUDA graph is recorded, for libraries to choose their algorithms
 
 
@@ -353,8 +354,8 @@ def _lift_constants(module: GraphModule) -> list[Tensor]:
         if name not in lifted:
             lifted[name] = getattr(module, name)
             with module.graph.inserting_before(body):
-                last = places[name] = module.graph.placeholder(f"constant_{len(places)}")
-            last.meta["tensor_meta"] = _extract_tensor_metadata(lifted[name])
+                places[name] = module.graph.placeholder(f"constant_{len(places)}")
+            places[name].meta["tensor_meta"] = _extract_tensor_metadata(lifted[name])
         node.replace_all_uses_with(places[name])
         module.graph.erase_node(node)
     module.recompile()
@@ -451,7 +452,6 @@ class Recorded:
         function: of tensors, to tensors.
         state: tensors that it reaches by itself.
         compiled: compile the graph too, which pays where all the calls together take a minute.
-        tolerance: relative difference that rounding may explain.
     """
 
     def __init__(
@@ -460,9 +460,8 @@ class Recorded:
         state: Sequence[Tensor] = (),
         *,
         compiled: bool = False,
-        tolerance: float = 1e-4,
     ) -> None:
-        self._function, self._state, self._compiled, self._tolerance = function, list(state), compiled, tolerance
+        self._function, self._state, self._compiled = function, list(state), compiled
         self._shapes: list[torch.Size] | None = None
         self._run: Callable[..., Sequence[Tensor]] = function
 
@@ -482,7 +481,7 @@ class Recorded:
             with forked_rng(), unchanged(self._state):
                 graph = capture(self._function, inputs, self._state)
             found = [outcome(functools.partial(one, *inputs), self._state, _SEED)[0] for one in (graph, self._function)]
-            if difference(found[0], found[1]) > self._tolerance:
+            if difference(found[0], found[1]) > _ROUNDING:
                 raise CaptureError("recorded, it gives other results, for something other than a tensor changes")
             run = graph
             if self._compiled:
@@ -517,7 +516,9 @@ class Recorder:
         """
         if not self._enabled:
             return function
-        return self._known.setdefault(key, Recorded(function, state, compiled=self._compiled))
+        if key not in self._known:
+            self._known[key] = Recorded(function, state, compiled=self._compiled)
+        return self._known[key]
 
     def differentiable(
         self, key: Hashable, function: Callable[..., Tensor], state: Sequence[Tensor] = ()

@@ -37,7 +37,7 @@ def rows_of(batches):
 
 
 def shuffled_rows(data, *args, **kwargs):
-    batches = list(data.shuffled(*args, **kwargs))
+    batches = [(index, data.rows(index)) for index in data.shuffle(*args, **kwargs)]
     rows = rows_of(columns for _, columns in batches)
     assert rows == [index.tolist() for index, _ in batches]  # each comes with its index
     return rows
@@ -87,7 +87,7 @@ def test_shuffling_is_uniform():
     data = TensorData({"x": torch.arange(10.0)}, PLAIN)
     counts = torch.zeros(10)
     for epoch in range(2000):
-        _, columns = next(data.shuffled(10, seed=1, epoch=epoch))
+        columns = data.rows(next(data.shuffle(10, seed=1, epoch=epoch)))
         counts[columns["x"].tolist().index(0.0)] += 1
     assert ((counts - 200) ** 2 / 200).sum() < 33.7  # its 0.9999 quantile
 

@@ -141,7 +141,7 @@ def test_columns_are_the_mapped_memory_itself(tmp_path, dtype, form, mode):
     data = open_inputs(bernoulli(), form(array)).tensors()
     assert starts_in(data.columns["x"], array)
     assert starts_in(data.drawn_once(0, 5).columns["x"], array)
-    _, columns = next(data.shuffled(3, seed=0, epoch=0))
+    columns = data.rows(next(data.shuffle(3, seed=0, epoch=0)))
     assert len(columns["x"]) == 3
     assert not starts_in(columns["x"], array)
     assert np.array_equal(array, X.astype(dtype))
@@ -154,7 +154,7 @@ def test_a_minibatch_reads_its_own_rows_alone(tmp_path):
     array = np.load(tmp_path / "stored.npy", mmap_mode="r")
     data = TensorData(as_columns(array, ("x",)), Reader(torch.device("cpu"), torch.float32))
     before = pages_of_files()
-    next(data.shuffled(10, seed=0, epoch=0))
+    data.rows(next(data.shuffle(10, seed=0, epoch=0)))
     assert 0 < pages_of_files() - before < 20e6 < array.nbytes / 10
 
 

@@ -290,20 +290,15 @@ class TensorData:
         for first in range(start, stop, batch_size):
             yield self.rows(slice(first, min(first + batch_size, stop)))
 
-    def shuffled(self, batch_size: int, seed: int, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Columns]]:
-        """Every row once, with its index, in an order that depends on seed and epoch alone; the last may be short.
+    def shuffle(self, batch_size: int, seed: int, epoch: int, skip: int = 0) -> Iterator[Tensor]:
+        """Indices (M,) of minibatches that hold every row once, the last maybe short; nothing is read.
 
         Args:
             batch_size: M.
-            seed: of the run.
+            seed: of the run: the order depends on it and on the epoch alone.
             epoch: counted from 0.
             skip: batches to leave out at the start.
         """
-        for index in self.shuffle(batch_size, seed, epoch, skip):
-            yield index.to(self.reader.device), self.rows(index)
-
-    def shuffle(self, batch_size: int, seed: int, epoch: int, skip: int = 0) -> Iterator[Tensor]:
-        """The indices of :meth:`shuffled`, on the columns' device; nothing is read."""
         order = np.random.default_rng([seed, epoch]).permutation(len(self))
         index = torch.from_numpy(order).to(next(iter(self.columns.values())).device)
         return itertools.islice(iter(index.split(batch_size)), skip, None)

@@ -10,8 +10,9 @@ The first two give the same bits. The third rounds differently, by a few units i
 is torch's own on all three: recorded, it takes as long (0.52 against 0.49 ms for 800,000 parameters under Adam), and
 Inductor's loops are slower than its fused kernels.
 
-The graphs are right as long as nothing changes but tensors. That is not believed: when a graph is made, and at every
-evaluation, it is run beside the program itself, on the same batch with the same noise, and dropped where they differ.
+The graphs are right as long as nothing changes but tensors. That is not believed: when a graph is made, at the next
+minibatch and at every evaluation, it is run beside the program itself, on the same batch with the same noise, and
+dropped where they differ.
 """
 
 from __future__ import annotations
