@@ -20,9 +20,12 @@ vae = pv.VAE((784,), 20, (500,))
 REPORT = """
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1e6)
 """
+# What is freed is given back. By itself the C library keeps freed blocks of tens of megabytes, in holes of whatever size
+# it finds: the peak of the same work then varied from 1.0 to 2.3 gigabytes, and said nothing of what is in use.
+TIDY = os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}
 WORK = {
-    "training": (1.5, "pv.fit(vae, data, num_samples=20_000, evaluate_every=10_000, run_dir=sys.argv[2])"),
-    "evaluating with K = 5,000": (2.0, "pv.log_marginal(vae, data.test[:200], num_particles=5_000)"),
+    "training": (1.3, "pv.fit(vae, data, num_samples=20_000, evaluate_every=10_000, run_dir=sys.argv[2])"),
+    "evaluating with K = 5,000": (1.3, "pv.log_marginal(vae, data.test[:200], num_particles=5_000)"),
 }
 
 
@@ -32,7 +35,7 @@ WORK = {
 def test_peak_stays_below_the_limit(tmp_path, limit, work):
     """In gigabytes, everything included: torch itself takes about half of one."""
     command = [sys.executable, "-c", PRELUDE + work + REPORT, str(ROOT), str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=TIDY)
     peak = float(done.stdout.split()[-1])
     assert 0.1 < peak < limit
 
@@ -71,7 +74,6 @@ def test_mapped_files_are_never_copied(tmp_path, dtype, rows, headroom, work, fi
     stored[-1] = 7 if dtype == np.uint8 else 0.5  # the last row alone has grey levels
     del stored
     command = [sys.executable, "-W", "error", "-c", MAPPED + work, str(path), str(int(headroom))]
-    tidy = os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}  # what is freed is given back
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=tidy)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=TIDY)
     path.unlink()
     assert done.returncode == 0 if fits else "allocate" in done.stderr, done.stderr

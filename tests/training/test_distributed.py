@@ -453,9 +453,10 @@ def test_another_number_of_processes_goes_on_and_says_so(found):
 @pytest.mark.slow
 def test_a_killed_process_loses_nothing(found, tmp_path):
     reports, tensors, _ = found
-    finished(started(__file__, "killed", tmp_path, restarts=1))
+    # One restart is needed. There may be more: torch's processes have been seen to abort, in one run of 60 or so.
+    finished(started(__file__, "killed", tmp_path, restarts=3))
     ended = json.loads((tmp_path / "0.json").read_text())
-    assert ended["restarts"] == "1"
+    assert int(ended["restarts"]) >= 1
     assert without_seconds(ended["history"]) == without_seconds(reports[0]["straight"])
     torch.set_default_dtype(torch.float32)
     assert_equal(of(tensors[0], "straight"), parameters(pv.load_run(tmp_path / "run").program))
