@@ -37,8 +37,11 @@ if TYPE_CHECKING:
     from pyro_vae.experiments import Comparison as Comparison
     from pyro_vae.experiments.compare import compare as compare
     from pyro_vae.models import VAE as VAE
+    from pyro_vae.models import GaussianMixture as GaussianMixture
     from pyro_vae.models import LinearGaussian as LinearGaussian
+    from pyro_vae.models import ProdLDA as ProdLDA
     from pyro_vae.models import SigmoidBeliefNetwork as SigmoidBeliefNetwork
+    from pyro_vae.models.full_bayes import bayesian as bayesian
     from pyro_vae.objectives import IWAE as IWAE
     from pyro_vae.objectives import MCEM as MCEM
     from pyro_vae.objectives import SGVB as SGVB
@@ -71,13 +74,16 @@ _HOMES = {
     "VAE": "models",
     "Comparison": "experiments",
     "Dataset": "data",
+    "GaussianMixture": "models",
     "LinearGaussian": "models",
     "Objective": "objectives",
+    "ProdLDA": "models",
     "Program": "programs",
     "Run": "training",
     "Score": "evaluation",
     "SigmoidBeliefNetwork": "models",
     "StoredRun": "runs",
+    "bayesian": "models.full_bayes",
     "bidirectional": "evaluation",
     "check_program": "programs",
     "compare": "experiments.compare",

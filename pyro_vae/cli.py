@@ -163,7 +163,12 @@ _HIDDEN_HELP = "Widths of the encoder's hidden layers: 500, or 500,200, or repea
 _GUIDELESS = "--method ais --initial prior"
 _METHOD_OPTIONS = ("defensive", "num_steps", "initial", "num_leapfrog")
 _KIND_HELP = "curves, samples, reconstructions, latents, manifold or traversals; may be repeated; by default all."
-_PRIOR_HELP = "Maximum a posteriori: scale of a Gaussian prior on every parameter (the paper: 1)."
+_PRIOR_HELP = "Maximum a posteriori: scale of a Gaussian prior on every parameter (the paper: 1)." + (
+    " With --bayesian, of the weights' prior, by default 1."
+)
+_BAYESIAN_HELP = "Full variational Bayes (App. F): a posterior over the weights of the decoder, of all, or none."
+_LOCAL_HELP = "--bayesian: draw the layers' outputs for each datum, not the weights (arXiv:1506.02557)."
+_LEARN_HELP = "--bayesian: learn the scales of the weights' prior (empirical Bayes)."
 _EVALUATE_HELP = "Samples between evaluations; by default an epoch, or a hundredth of the budget."
 _CHECKPOINT_HELP = "Samples between checkpoints; by default at each evaluation, and once a minute."
 
@@ -202,6 +207,9 @@ def train(
     likelihood: Likelihood = "bernoulli",
     activation: Activation = "tanh",
     init: Init = "default",
+    bayesian: Annotated[str, _model(help=_BAYESIAN_HELP)] = "none",
+    local_reparameterization: Annotated[bool, _model("--local-reparameterization", help=_LOCAL_HELP)] = False,
+    learn_prior: Annotated[bool, _model("--learn-prior", help=_LEARN_HELP)] = False,
     objective: Annotated[str, _objective(help=_OBJECTIVE_HELP)] = "sgvb",
     num_particles: Annotated[int | None, _objective(help="Draws of z per datum and step (the paper's L).")] = None,
     estimator: Annotated[str | None, _objective(help="sgvb: A samples the KL term, B takes it in closed form.")] = None,
@@ -252,9 +260,12 @@ def train(
     data = pv.load_dataset(dataset, root=root, binarize=binarize)  # type: ignore[arg-type]
     torch.manual_seed(seed)  # the initial parameters
     shape = tuple(data.train.shape[1:])
-    vae = pv.VAE(shape, latent_dim, _whole_numbers(hidden_dims), likelihood, activation, init)
+    weights = _weights(bayesian, options)
+    vae = pv.VAE(shape, latent_dim, _whole_numbers(hidden_dims), likelihood, activation, init, **weights)
     directory = run_dir or Path("runs", f"{data.name}-{ranks().from_first(lambda: time.strftime('%Y%m%d-%H%M%S'))}")
-    _say(f"training a VAE {shape} -> {latent_dim} on {data.name} ({len(data.train):,} training data) in {directory}")
+    _say(
+        f"training a VAE {shape} -> {latent_dim} on {data.name} ({data.train.shape[0]:,} training data) in {directory}"
+    )
     budget = 1_000_000 if num_samples is None and epochs is None else num_samples
     passed = ("optimizer", "learning_rate", "batch_size", "epochs", "seed", "device", "evaluate_every")
     more = (
@@ -268,6 +279,8 @@ def train(
         "compile",
     )
     settings = {name: options[name] for name in (*passed, *more)}
+    if weights:
+        settings["prior_scale"] = None  # it is the weights'
     run = pv.fit(
         vae,
         data,
@@ -277,6 +290,18 @@ def train(
         **settings,
     )
     _report_training(type(learner).__name__, run, directory)
+
+
+def _weights(bayesian: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a VAE for Bayesian weights; none without."""
+    which = one_of("--bayesian", bayesian, ("decoder", "all", "none"))
+    given = {name: options[name] for name in ("local_reparameterization", "learn_prior")}
+    if which == "none":
+        if unused := [name for name, value in given.items() if value]:
+            raise ValueError(f"--{unused[0].replace('_', '-')} is for --bayesian decoder or all, got --bayesian none")
+        return {}
+    scale = {} if options["prior_scale"] is None else {"prior_scale": options["prior_scale"]}
+    return given | scale | {"bayesian": True if which == "all" else which}
 
 
 def _say(text: str) -> None:
@@ -354,6 +379,8 @@ def _report_training(objective: str, run: Run, directory: Path) -> None:
     quantity = "bound on log p(x)" if row.get("train_log_joint") is None else ""
     for column in (quantity, "nats per datum", "standard error"):
         table.add_column(column, justify="right" if column.endswith(("datum", "error")) else "left")
+    if (whole := row.get("dataset_bound")) is not None:
+        _say(f"bound on the log evidence of all training data: {whole:,.1f} nats; by datum:")
     for split in ("train", "valid", "test"):
         if (bound := row.get(f"{split}_bound")) is not None:
             error = row.get(f"{split}_bound_se")
@@ -407,7 +434,10 @@ def evaluate(
         raise ValueError(f"{run} trained no guide to draw from: expected {_GUIDELESS} or --method posterior-density")
     data = _split(stored.dataset(root), split)
     data = replace(data, test=data.test[:num_data])
-    bound = pv.evaluate_bound(stored.program, data, seed=seed) if stored.has_trained_guide else None
+    held_out = split != "train"
+    bound = (
+        pv.evaluate_bound(stored.program, data, predictive=held_out, seed=seed) if stored.has_trained_guide else None
+    )
     options |= {"method": method, "num_particles": num_particles}
     score = pv.log_marginal(stored.program, data, batch_size=batch_size, seed=seed, **options)
     table = Table(title=f"{data.name}, {split}: {len(score.values):,} data")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data import BatchIterable, Columns, Dataset, Reader, TensorData, as_columns
-from pyro_vae.data.batches import is_grey, is_unscaled, require_range, require_valid
+from pyro_vae.data.batches import StoredColumns, is_by_name, is_grey, is_unscaled, require_range, require_valid
 from pyro_vae.programs import HasModelAndGuide, Program, ProgramCheck, as_program, check_program, signature_of
 
 __all__ = ["Inputs", "batch_size_of", "device_of", "move_to", "open_inputs"]
@@ -94,7 +94,8 @@ def open_inputs(
         program: what will observe the data.
         data: a tensor; a tuple (by position) or dict (by name) of tensors with an equal first dimension; a data set of
             :func:`pyro_vae.load_dataset`, of which ``split`` is taken; or an iterable of batches. Arrays serve as
-            tensors; those mapped from files (``numpy.load(..., mmap_mode="r")``) may be larger than memory.
+            tensors, and those mapped from files (``numpy.load(..., mmap_mode="r")``) may be larger than memory; so do
+            matrices of scipy.sparse, of which a batch's rows alone are made dense.
         binarize: "dynamic" draws grey levels that a binary site observes, "none" refuses them. None: as the data set
             says, else "dynamic".
         split: "train", "valid" or "test".
@@ -111,7 +112,7 @@ def open_inputs(
     if isinstance(data, Dataset):
         binarize = binarize or data.binarize
         data = getattr(data, split)
-    by_name = isinstance(data, Mapping)
+    by_name = is_by_name(data)
     device, dtype = device_of(program)
     reader = Reader(device, dtype, program.data_shape)
     names = _argument_names(program)
@@ -130,7 +131,7 @@ def open_inputs(
 
 def _open_batches(program: Program, batches: BatchIterable, binarize: str | None) -> Inputs:
     first = batches.first()
-    columns, by_name = batches.columns(first), isinstance(first, Mapping)
+    columns, by_name = batches.columns(first), is_by_name(first)
     size = len(next(iter(columns.values())))
     check, reader = _fit_reader(program, columns, batches.reader, by_name, binarize, size)
     # One batch does not tell what the next ones hold: each is checked as it comes, and drawn where drawing is allowed.
@@ -146,9 +147,11 @@ def _argument_names(program: Program) -> tuple[str, ...]:
 
 
 def _fit_reader(
-    program: Program, columns: Columns, reader: Reader, by_name: bool, binarize: str | None, batch_size: int
+    program: Program, columns: StoredColumns, reader: Reader, by_name: bool, binarize: str | None, batch_size: int
 ) -> tuple[ProgramCheck, Reader]:
     unscaled = frozenset(name for name, column in columns.items() if is_unscaled(column))
+    if program.data_range is not None and program.data_range[1] > 1:
+        unscaled |= {next(iter(columns))}  # counts, not levels of grey
     reader = replace(reader, unscaled=unscaled)
     few = reader({name: column[:batch_size] for name, column in columns.items()})
     args, kwargs = ((), few) if by_name else (tuple(few.values()), {})

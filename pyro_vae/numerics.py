@@ -54,12 +54,14 @@ class WeightSummary:
             for K = 1. (The delta method's (K / ESS - 1) / K never exceeds 1, however uneven the weights: where one
             weight carries the sum, leaving it out tells how far off the estimate may be.)
         num_particles: K, over all chunks.
+        sum_variance: the same of the sum of ``log_mean`` over data whose k-th weights are not independent, a scalar.
     """
 
     log_mean: Tensor
     ess: Tensor
     log_mean_variance: Tensor
     num_particles: int
+    sum_variance: Tensor
 
 
 def summarize_weights(chunks: Iterable[Tensor]) -> WeightSummary:
@@ -90,19 +92,24 @@ def summarize_weights(chunks: Iterable[Tensor]) -> WeightSummary:
     log_sum = _log_sum(log_w.logsumexp(0) for log_w in wide)
     log_sum_squares = _log_sum((2 * log_w).logsumexp(0) for log_w in wide)
     ess = (2 * log_sum - log_sum_squares).exp().clamp(1.0, count)
-    return WeightSummary(log_sum - math.log(count), ess, _jackknife_variance(wide, log_sum, count), count)
+    shifts = _shifts(wide, log_sum)
+    variance, of_sum = (_jackknife_variance(parts, count) for parts in (shifts, [s.sum(1, True) for s in shifts]))
+    return WeightSummary(log_sum - math.log(count), ess, variance, count, of_sum.sum())
 
 
 def _log_sum(parts: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(parts)).logsumexp(0)
 
 
-def _jackknife_variance(chunks: list[Tensor], log_sum: Tensor, count: int) -> Tensor:
+def _shifts(chunks: list[Tensor], log_sum: Tensor) -> list[Tensor]:
+    """How the log mean changes where a particle is left out, but for a constant: log(1 - w~_k), (K_i, M) each."""
+    return [torch.log1p(-(log_w - log_sum).exp().clamp(max=1 - 2**-53)) for log_w in chunks]
+
+
+def _jackknife_variance(shifts: list[Tensor], count: int) -> Tensor:
     """(K - 1) / K sum_k (t_k - mean t)^2 of the estimates t_k without particle k (Efron & Stein 1981)."""
     if count == 1:
-        return torch.full_like(log_sum, math.nan)
-    # Without particle k the log sum is log_sum + log(1 - w~_k); the constant part drops out of the variance.
-    shifts = [torch.log1p(-(log_w - log_sum).exp().clamp(max=1 - 2**-53)) for log_w in chunks]
+        return torch.full_like(shifts[0][0], math.nan)
     mean = sum(shift.sum(0) for shift in shifts) / count
     squares = sum(((shift - mean) ** 2).sum(0) for shift in shifts)
     return torch.as_tensor((count - 1) / count * squares)

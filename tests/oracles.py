@@ -429,3 +429,69 @@ def gamma_poisson(x: Tensor) -> None:
     """Counts x ~ Poisson(z), z ~ Gamma(2, 1.5): negative binomial, with posterior Gamma(2 + x, 2.5)."""
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Poisson(pyro.sample("z", dist.Gamma(torch.tensor(2.0), 1.5))), obs=x)
+
+
+# Evidence of whole data sets ------------------------------------------------------------------------------------------
+
+
+def mixture_log_evidence(
+    x: np.ndarray,
+    num_components: int,
+    *,
+    concentration: float,
+    mean_loc: float,
+    mean_scale: float,
+    scale_median: float,
+    scale_spread: float,
+    points: int = 801,
+) -> float:
+    """log p(X) of a Bayesian mixture of diagonal Gaussians: a sum over all C^N labellings.
+
+    A labelling's probability is Dirichlet-multinomial; the data of one component in one dimension are jointly Gaussian
+    given the component's scale, its mean integrated out, and the scale is integrated by the trapezoid rule over eight
+    standard deviations of its logarithm either way.
+
+    Args:
+        x: data, (N, D), few.
+        num_components: C.
+        concentration: of the Dirichlet prior.
+        mean_loc: mean, and
+        mean_scale: standard deviation of the normal prior on means.
+        scale_median: median, and
+        scale_spread: standard deviation of the logarithm, of the log-normal prior on scales.
+        points: of the grid.
+    """
+    t = np.linspace(-8.0, 8.0, points)
+    scales = scale_median * np.exp(scale_spread * t)
+    log_step = -0.5 * t**2 - 0.5 * math.log(2 * math.pi) + math.log(t[1] - t[0])
+
+    def log_sum_exp(terms: np.ndarray) -> float:
+        return float(terms.max() + np.log(np.exp(terms - terms.max()).sum()))
+
+    def of_one(values: np.ndarray) -> float:
+        """Of the values (n,) of one component in one dimension."""
+        n, residual = len(values), values - mean_loc
+        total = scales**2 + n * mean_scale**2  # the determinant of s^2 I + t^2 11' is s^(2n - 2) times this
+        quadratic = (residual @ residual - mean_scale**2 * residual.sum() ** 2 / total) / scales**2
+        log_det = 2 * (n - 1) * np.log(scales) + np.log(total)
+        return log_sum_exp(log_step - 0.5 * (quadratic + log_det + n * math.log(2 * math.pi)))
+
+    terms = []
+    for labels in np.ndindex(*[num_components] * len(x)):
+        groups = [x[np.array(labels) == c] for c in range(num_components)]
+        log_labels = math.lgamma(num_components * concentration) - math.lgamma(num_components * concentration + len(x))
+        log_labels += sum(math.lgamma(concentration + len(g)) - math.lgamma(concentration) for g in groups)
+        terms.append(log_labels + sum(of_one(column) for g in groups if len(g) for column in g.T))
+    return log_sum_exp(np.array(terms))
+
+
+def regression(inputs: Tensor, prior_scale: Tensor | float, noise: Tensor | float) -> Gaussian:
+    """The joint of (w, y) of all data: w ~ N(0, prior_scale^2 I), y_i ~ N(w . inputs_i, noise^2), inputs (N, J)."""
+    N, J = inputs.shape
+    root = torch.cat(
+        [
+            torch.cat([prior_scale * torch.eye(J), torch.zeros(J, N)], 1),
+            torch.cat([prior_scale * inputs, noise * torch.eye(N)], 1),
+        ]
+    )
+    return Gaussian.of_noise(torch.zeros(J + N), root)

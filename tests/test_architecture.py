@@ -21,7 +21,7 @@ PICTURE: dict[str, set[str]] = {
     "hmc": {"numerics", "programs"},
     "smc": {"numerics", "programs"},
     "inputs": {"programs", "data"},
-    "models": {"networks", "distributions"},
+    "models": {"networks", "distributions", "programs"},
     "objectives": {"programs", "hmc", "smc", "numerics"},
     "evaluation": {"objectives", "programs", "hmc", "smc", "compile", "numerics", "inputs", "data"},
     "tasks": {"programs", "hmc", "inputs", "data"},

@@ -99,6 +99,37 @@ def test_resume_goes_on_bit_for_bit():
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_bayesian_weights_from_training_to_pictures(tmp_path):
+    shared = ["--bayesian", "decoder", "--local-reparameterization", "--learn-prior", "--prior-scale", "0.5"]
+    result = run("train", *SMALL, *shared, "--estimator", "B", "--run-dir", "r")
+    assert result.exit_code == 0, result.output
+    assert "bound on the log evidence of all training data" in result.output
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert config["program"]["config"]["num_data"] == 1297
+    assert config["program"]["config"]["prior_scale"] == 0.5
+    assert config["fit"]["prior_scale"] is None
+    assert run("train", "--resume", "r", "--epochs", "3").exit_code == 0
+    for command in (["evaluate", "r", "--num-particles", "20", "--num-data", "30"], ["plot", "r"], ["sample", "r"]):
+        result = run(*command)
+        assert result.exit_code == 0, result.output
+    held_out = pv.evaluate_bound(pv.load_run("r").program, pv.load_dataset("digits"), predictive=True)
+    assert f"{held_out.mean:.2f}" in run("evaluate", "r", "--num-particles", "20").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bayesian", "encoder"], "--bayesian: expected one of decoder, all, none"),
+        (["--learn-prior"], "--learn-prior is for --bayesian decoder or all"),
+        (["--local-reparameterization"], "--local-reparameterization is for --bayesian decoder or all"),
+        (["--bayesian", "all", "--prior-scale", "-1"], "prior_scale: expected a positive number, got -1.0"),
+        (["--bayesian", "all", "--objective", "iwae"], "SGVB"),
+    ],
+)
+def test_bad_options_of_bayesian_weights(arguments, message):
+    assert message in refused("train", *SMALL, *arguments, "--run-dir", "r")
+
+
 def test_killed_before_its_first_checkpoint_a_run_starts_again_as_it_did(tmp_path):
     assert run("train", *SMALL, "--run-dir", "straight").exit_code == 0
     (tmp_path / "killed").mkdir()

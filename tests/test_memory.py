@@ -20,8 +20,8 @@ vae = pv.VAE((784,), 20, (500,))
 REPORT = """
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1e6)
 """
-# What is freed is given back. By itself the C library keeps freed blocks of tens of megabytes, in holes of whatever size
-# it finds: the peak of the same work then varied from 1.0 to 2.3 gigabytes, and said nothing of what is in use.
+# What is freed is given back. By itself the C library keeps freed blocks of tens of megabytes, in holes of whatever
+# size it finds: the peak of the same work then varied from 1.0 to 2.2 gigabytes, and said nothing of what is in use.
 TIDY = os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}
 WORK = {
     "training": (1.3, "pv.fit(vae, data, num_samples=20_000, evaluate_every=10_000, run_dir=sys.argv[2])"),

@@ -1,9 +1,10 @@
 """Batches: data sets cut by index, or iterables of batches, and the reader that turns stored data into model inputs.
 
-Data are *columns*: tensors by argument name with one row per datum. A data set stays in its stored form (images as
-uint8), on the device of the computation; a batch is cut by index and only then scaled and binarised. No Python runs per
-datum. Columns may be larger than memory (arrays that ``numpy.memmap`` maps from files, read-only ones too): nothing
-here copies a whole column or writes into one, and what looks at every number does so in blocks of rows.
+Data are *columns*: tensors, or sparse rows, by argument name with one row per datum. A data set stays in its stored
+form (images as uint8), on the device of the computation; a batch is cut by index and only then scaled and binarised.
+No Python runs per datum. Columns may be larger than memory (arrays that ``numpy.memmap`` maps from files, read-only
+ones too): nothing here copies a whole column or writes into one, and what looks at every number does so in blocks of
+rows. Sparse columns stay sparse: the rows of a batch are made dense when they are read.
 """
 
 from __future__ import annotations
@@ -14,36 +15,47 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.data.sparse import SparseRows, is_sparse, sparse_rows
+
 __all__ = [
     "BatchIterable",
+    "Column",
     "Columns",
     "Reader",
+    "StoredColumns",
     "TensorData",
+    "as_column",
     "as_columns",
     "blocks",
+    "is_by_name",
     "is_grey",
     "is_unscaled",
     "require_range",
     "require_valid",
+    "stored_blocks",
 ]
 
-Columns = dict[str, Tensor]
+Column: TypeAlias = Tensor | SparseRows
+StoredColumns: TypeAlias = dict[str, Column]
+Columns: TypeAlias = dict[str, Tensor]  # as they are read
+
+C = TypeVar("C", Tensor, Column)
 
 _ELEMENTS_IN_BLOCK = 2**20  # that fit in a processor's cache
 _ROWS_PER_DRAW, _ELEMENTS_PER_DRAW = 1000, 2**26  # part of what a seed means, on devices that draw in parallel
 
 
-def as_columns(data: Any, names: Sequence[str]) -> Columns | None:
-    """Tensors by argument name from a tensor, a tuple or list (by position) or a dict (by name) of them.
+def as_columns(data: Any, names: Sequence[str]) -> StoredColumns | None:
+    """Columns by argument name from a tensor, a tuple or list (by position) or a dict (by name) of them.
 
     Args:
-        data: tensors or numpy arrays.
+        data: tensors, numpy arrays, or matrices or arrays of scipy.sparse.
         names: argument names for what comes by position.
 
     Returns:
@@ -52,27 +64,50 @@ def as_columns(data: Any, names: Sequence[str]) -> Columns | None:
     Raises:
         ValueError: there are more tensors than names.
     """
-    if isinstance(data, Mapping):
-        columns = {str(name): _as_tensor(str(name), value) for name, value in data.items()}
+    if is_by_name(data):
+        columns = {str(name): as_column(str(name), value) for name, value in data.items()}
         order = [name for name in names if name in columns]
         return {name: columns[name] for name in dict.fromkeys((*order, *columns))}
-    if isinstance(data, (Tensor, np.ndarray)):
+    if _is_column(data):
         data = (data,)
-    if not isinstance(data, (tuple, list)) or not all(isinstance(v, (Tensor, np.ndarray)) for v in data):
+    if not isinstance(data, (tuple, list)) or not all(map(_is_column, data)):
         return None
     if len(data) > len(names):
         raise ValueError(
             f"expected at most {len(names)} tensors, for the arguments {list(names)}; got {len(data)}. What the "
             "program does not take, such as labels, must be left out of the data"
         )
-    return {name: _as_tensor(name, value) for name, value in zip(names, data, strict=False)}
+    return {name: as_column(name, value) for name, value in zip(names, data, strict=False)}
 
 
-def _as_tensor(name: str, value: Any) -> Tensor:
+def is_by_name(data: Any) -> bool:
+    """Whether data are a dict of columns; scipy's matrices in dictionary-of-keys format are mappings too."""
+    return isinstance(data, Mapping) and not is_sparse(data)
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, (Tensor, np.ndarray, SparseRows)) or is_sparse(value)
+
+
+def as_column(name: str, value: Any) -> Column:
+    """A tensor, an array or a sparse matrix as a column; nothing is copied that need not be.
+
+    Raises:
+        ValueError: it is something else, or holds what torch has no type for.
+    """
     if isinstance(value, np.ndarray):
         return _on_the_memory_of(name, value)
-    if not isinstance(value, Tensor):
-        raise ValueError(f"data '{name}': expected a tensor or a numpy array, got {type(value).__name__}")
+    if is_sparse(value):
+        return sparse_rows(name, value)
+    if not isinstance(value, (Tensor, SparseRows)):
+        raise ValueError(
+            f"data '{name}': expected a tensor, a numpy array or a scipy.sparse matrix, got {type(value).__name__}"
+        )
+    if isinstance(value, Tensor) and value.layout != torch.strided:
+        raise ValueError(
+            f"data '{name}': expected a dense tensor or a scipy.sparse matrix, which is made dense batch by batch; got "
+            f"a tensor of layout {value.layout}"
+        )
     return value
 
 
@@ -94,11 +129,21 @@ def _on_the_memory_of(name: str, array: np.ndarray[Any, Any]) -> Tensor:
         ) from error
 
 
-def blocks(column: Tensor) -> tuple[Tensor, ...]:
-    """Views of consecutive rows that cover a column, of bounded size: what a pass over it takes at a time."""
+def blocks(column: Column) -> Iterable[Tensor]:
+    """What a pass over a column's numbers takes at a time: blocks of bounded size that hold them all.
+
+    Of a tensor they are views of consecutive rows; of sparse rows, the stored numbers and a zero.
+    """
+    if isinstance(column, SparseRows):
+        return column.values()
     rows = max(1, _ELEMENTS_IN_BLOCK // max(1, column[:1].numel()))
     cut: tuple[Tensor, ...] = column.split(rows)
     return cut
+
+
+def stored_blocks(column: Column) -> Iterable[Tensor]:
+    """Blocks of all that a column is stored as: of sparse rows, the places too."""
+    return column.stored() if isinstance(column, SparseRows) else blocks(column)
 
 
 def _extremes(block: Tensor) -> tuple[float, float]:
@@ -109,7 +154,7 @@ def _extremes(block: Tensor) -> tuple[float, float]:
     return low.item(), high.item()
 
 
-def require_valid(columns: Columns) -> None:
+def require_valid(columns: Mapping[str, Column]) -> None:
     """Refuse data that no program can use, before any work is done.
 
     Raises:
@@ -118,7 +163,7 @@ def require_valid(columns: Columns) -> None:
     if not columns:
         raise ValueError("expected at least one tensor of data, got none")
     for name, column in columns.items():
-        if column.is_complex() or column.ndim == 0 or column.numel() == 0:
+        if column.dtype.is_complex or column.ndim == 0 or column.numel() == 0:
             raise ValueError(
                 f"data '{name}': expected real numbers of shape (N, ...) with N > 0, "
                 f"got {column.dtype} of shape {tuple(column.shape)}"
@@ -130,37 +175,41 @@ def require_valid(columns: Columns) -> None:
         raise ValueError(f"expected tensors with an equal first dimension, got {lengths}")
 
 
-def _require_finite(name: str, column: Tensor) -> None:
-    seen, bad, first = 0, 0, 0
+def _require_finite(name: str, column: Column) -> None:
+    bad = column.non_finite_rows() if isinstance(column, SparseRows) else _non_finite_rows(column)
+    if len(bad):
+        raise ValueError(
+            f"data '{name}': expected finite numbers, got NaN or infinity in {len(bad)} of {len(column)} rows, the "
+            f"first at row {int(bad[0])}"
+        )
+
+
+def _non_finite_rows(column: Tensor) -> Tensor:
+    seen, bad = 0, [torch.zeros(0, dtype=torch.int64)]
     for block in blocks(column):
         if not all(map(math.isfinite, _extremes(block))):  # NaN is both extremes
-            rows = (~block.isfinite().reshape(len(block), -1).all(1)).nonzero().flatten()
-            first = first if bad else seen + int(rows[0])
-            bad += len(rows)
+            bad.append((~block.isfinite().reshape(len(block), -1).all(1)).nonzero().flatten().cpu() + seen)
         seen += len(block)
-    if bad:
-        raise ValueError(
-            f"data '{name}': expected finite numbers, got NaN or infinity in {bad} of {len(column)} rows, the first at "
-            f"row {first}"
-        )
+    return torch.cat(bad)
 
 
 @dataclass(frozen=True)
 class Reader:
     """Turns stored columns into what a program observes.
 
-    Whole numbers of type uint8 are grey or colour levels and are divided by 255, unless the data set has none above 1:
-    then they are binary already. Other real numbers are cast to the floating-point type; wider integers (labels,
-    lengths) are left alone. The first argument of a program that states its ``data_shape`` is cast in any case, and
-    reshaped to it if its element count agrees. Grey levels that a binary site observes are probabilities of ink and are
-    drawn anew at each read (dynamic binarisation). What is read is a copy always: a program may write into it.
+    Whole numbers of type uint8 are grey or colour levels and are divided by 255, unless the data set has none above
+    1, for then they are binary already, or the program takes data above 1, for then they are counts. Other real
+    numbers are cast to the floating-point type; wider integers (labels, lengths) are left alone. The first argument
+    of a program that states its ``data_shape`` is cast in any case, and reshaped to it if its element count agrees.
+    Grey levels that a binary site observes are probabilities of ink and are drawn anew at each read (dynamic
+    binarisation). What is read is a copy always: a program may write into it.
 
     Attributes:
         device: where the program runs.
         dtype: floating-point type of the program.
         data_shape: shape of one datum of the first argument; None leaves it as stored.
         drawn: names of the arguments to binarise by drawing.
-        unscaled: names of the uint8 arguments that hold 0 and 1, not 0 to 255.
+        unscaled: names of the uint8 arguments that hold numbers as they are, not levels from 0 to 255.
     """
 
     device: torch.device
@@ -169,7 +218,7 @@ class Reader:
     drawn: frozenset[str] = frozenset()
     unscaled: frozenset[str] = frozenset()
 
-    def __call__(self, columns: Columns) -> Columns:
+    def __call__(self, columns: Mapping[str, Column]) -> Columns:
         """Read a batch; the draws come from torch's global generator of the device."""
         read = {name: self._scale(name, column) for name, column in columns.items()}
         if self.data_shape is not None:
@@ -177,20 +226,21 @@ class Reader:
             read[first] = _reshape(read[first].to(self.dtype), self.data_shape)
         return {name: torch.bernoulli(x) if name in self.drawn else x for name, x in read.items()}
 
-    def _scale(self, name: str, column: Tensor) -> Tensor:
+    def _scale(self, name: str, column: Column) -> Tensor:
         moved = self._move(column)
         if moved.dtype == torch.uint8:
             return moved.to(self.dtype).div_(1 if name in self.unscaled else 255)
         real = moved.is_floating_point() or moved.dtype == torch.bool
         return moved.to(self.dtype if real else moved.dtype, copy=moved is column)
 
-    def _move(self, column: Tensor) -> Tensor:
+    def _move(self, column: Column) -> Tensor:
+        column = column.dense() if isinstance(column, SparseRows) else column
         if self.device.type == "cuda" and column.device.type == "cpu":
             column = column.pin_memory()  # then the copy need not be waited for
         return column.to(self.device, non_blocking=True)
 
 
-def is_unscaled(column: Tensor) -> bool:
+def is_unscaled(column: Column) -> bool:
     """Whether a uint8 column holds 0 and 1 rather than levels from 0 to 255."""
     if column.dtype != torch.uint8:
         return False
@@ -202,7 +252,7 @@ def is_unscaled(column: Tensor) -> bool:
     return highest == 1
 
 
-def require_range(name: str, column: Tensor, limits: tuple[float, float], unscaled: bool = False) -> None:
+def require_range(name: str, column: Column, limits: tuple[float, float], unscaled: bool = False) -> None:
     """Refuse values outside of a range; uint8 levels are taken as divided by 255 unless unscaled.
 
     Raises:
@@ -219,7 +269,7 @@ def require_range(name: str, column: Tensor, limits: tuple[float, float], unscal
         )
 
 
-def is_grey(name: str, column: Tensor, unscaled: bool = False) -> bool:
+def is_grey(name: str, column: Column, unscaled: bool = False) -> bool:
     """Whether data for a binary site have values strictly between 0 and 1 (0 and 255 for uint8 levels).
 
     Raises:
@@ -246,24 +296,28 @@ class TensorData:
     """A data set that is cut by index, in memory or mapped from files.
 
     Attributes:
-        columns: tensors by argument name, N rows each.
+        columns: tensors or sparse rows by argument name, N rows each.
         reader: makes a batch of what the index cuts out.
     """
 
-    columns: Columns
+    columns: StoredColumns
     reader: Reader
 
     def __len__(self) -> int:
         return _length(self.columns)
 
     def resident(self) -> TensorData:
-        """The same data on the reader's device; left where they are if they would fill half of a GPU's free memory."""
+        """The same data on the reader's device; left where they are if they would fill half of a GPU's free memory.
+
+        Sparse rows are left where they are in any case.
+        """
         device = self.reader.device
+        dense = {name: c for name, c in self.columns.items() if isinstance(c, Tensor)}
         if device.type == "cuda":
-            size = sum(column.nbytes for column in self.columns.values() if column.device.type == "cpu")
+            size = sum(column.nbytes for column in dense.values() if column.device.type == "cpu")
             if size > torch.cuda.mem_get_info(device)[0] / 2:
                 return self
-        return TensorData({name: c.to(device) for name, c in self.columns.items()}, self.reader)
+        return TensorData(self.columns | {name: c.to(device) for name, c in dense.items()}, self.reader)
 
     def drawn_once(self, seed: int, num_data: int | None = None) -> TensorData:
         """The first data, with grey levels that a binary site observes drawn once and for all.
@@ -304,11 +358,11 @@ class TensorData:
         return itertools.islice(iter(index.split(batch_size)), skip, None)
 
 
-def _length(columns: Columns) -> int:
+def _length(columns: Mapping[str, Column]) -> int:
     return len(next(iter(columns.values())))
 
 
-def _rows(columns: Columns, index: Tensor | slice) -> Columns:
+def _rows(columns: Mapping[str, C], index: Tensor | slice) -> dict[str, C]:
     if isinstance(index, slice):
         return {name: column[index] for name, column in columns.items()}
     return {name: column[index.to(column.device)] for name, column in columns.items()}
@@ -347,7 +401,7 @@ class _DrawnOnce(TensorData):
 
     def _first(self, stop: int) -> TensorData:
         stored = _rows(self.columns, slice(stop))
-        return TensorData(stored | next(_regrouped(self._draw(stop), stop), {}), self.reader)
+        return TensorData({**stored, **next(_regrouped(self._draw(stop), stop), {})}, self.reader)
 
     def _draw(self, stop: int) -> Iterator[Columns]:
         """The drawn columns in blocks that cover the first rows; a block is the same wherever it stops."""
@@ -422,7 +476,7 @@ class BatchIterable:
             return batch
         raise ValueError("expected at least one batch of data, got an empty iterable")
 
-    def columns(self, batch: Any) -> Columns:
+    def columns(self, batch: Any) -> StoredColumns:
         """A batch as columns, validated."""
         columns = as_columns(batch, self.names)
         if columns is None:
@@ -433,6 +487,6 @@ class BatchIterable:
                 raise ValueError(f"data '{name}': expected values 0 and 1 with binarize=\"none\", got grey levels")
         return columns
 
-    def raw(self) -> Iterator[Columns]:
+    def raw(self) -> Iterator[dict[str, Any]]:
         """The batches as columns, not yet read."""
         return map(self.columns, self.batches)

@@ -1,4 +1,4 @@
-"""Image data sets by name, and the user's own arrays or image folders, in three fixed splits.
+"""Data sets of images and words by name, and the user's own arrays or image folders, in three fixed splits.
 
 A permutation below is `numpy.random.default_rng(0).permutation`.
 
@@ -13,12 +13,15 @@ frey-face              none      1565, 200, 200       permutation of the video f
 omniglot               dynamic   23000, 1345, 8115    test: drawers 16-20 of each character; train and valid:
                                                       permutation of drawers 1-15; labels are alphabets
 caltech101-silhouettes none      4100, 2264, 2307     permutation; the authors' counts, not their split
+20newsgroups           none      10258, 1000, 7487    as distributed; valid: the last 1,000 of a permutation of
+                                                      the 11,258 training documents; no labels
 a path                 none      8 : 1 : 1            as given; a missing valid or test is a tenth of train,
                                                       by permutation
 ====================== ========= ==================== ====================================================
 
-Images are uint8 with 255 for 1.  The silhouettes are black (0) on white (255) as distributed, but turned
-upright: the distributed rows hold them column by column.
+Documents are word counts, int32 (N, D) in scipy's compressed sparse rows.  Images are uint8 with 255 for
+1.  The silhouettes are black (0) on white (255) as distributed, but turned upright: the distributed rows
+hold them column by column.
 """
 
 from __future__ import annotations
@@ -43,7 +46,10 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.sparse import csr_array
 from torch import Tensor
+
+from pyro_vae.data.sparse import is_sparse
 
 # torchvision, scikit-learn and scipy.io are imported where they are used: each takes a second or more.
 
@@ -52,7 +58,8 @@ __all__ = ["DATASETS", "Binarize", "Dataset", "DatasetInfo", "data_root", "is_av
 Array: TypeAlias = NDArray[Any]
 PathLike: TypeAlias = str | os.PathLike[str]
 Binarize: TypeAlias = Literal["dynamic", "none"]
-Parts: TypeAlias = dict[str, Array]  # some of train, valid, test, and with "_labels" each; label_names
+Parts: TypeAlias = dict[str, Any]  # arrays: some of train, valid, test, and with "_labels" each; label_names; vocab
+Data: TypeAlias = Any  # a Tensor, or a csr_array of counts
 SPLITS = ("train", "valid", "test")
 TIMEOUT = 30.0  # seconds without an answer, after which a download is given up
 
@@ -63,25 +70,28 @@ class Dataset:
 
     Attributes:
         name: Name in `DATASETS`, or the name of the user's file or folder.
-        train: Training data, uint8 images (N, H, W) or (N, H, W, C), or a file's array as stored.
+        train: Training data, uint8 images (N, H, W) or (N, H, W, C), or a file's array as stored; of documents
+            their word counts (N, D), a scipy.sparse.csr_array of int32.
         valid: Validation data, likewise.
         test: Test data, likewise.
         train_labels: Classes, int64 (N,), or None; so too `valid_labels` and `test_labels`.
         label_names: Name of each class, or None.
         binarize: "dynamic" if pixels are probabilities of 1, drawn afresh at each use; else "none".
         source: What `load_dataset` finds it by again: the name, or the absolute path.
+        vocab: Of documents the D words, in the order of the columns; else None.
     """
 
     name: str
-    train: Tensor
-    valid: Tensor
-    test: Tensor
+    train: Data
+    valid: Data
+    test: Data
     train_labels: Tensor | None = None
     valid_labels: Tensor | None = None
     test_labels: Tensor | None = None
     label_names: tuple[str, ...] | None = None
     binarize: Binarize = "none"
     source: str = ""
+    vocab: tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{split}={tuple(getattr(self, split).shape)}" for split in SPLITS)
@@ -94,8 +104,8 @@ class DatasetInfo:
 
     Attributes:
         name: The name `load_dataset` takes.
-        shape: Shape of one image.
-        sizes: Number of training, validation and test images.
+        shape: Shape of one datum.
+        sizes: Number of training, validation and test data.
         binarize: The default of `load_dataset`.
         split: The rule of the split, in one sentence.
         citation: Whom to cite.
@@ -174,7 +184,7 @@ def load_dataset(name: PathLike, root: PathLike | None = None, binarize: Binariz
         binarize: "dynamic" or "none" in place of the set's own; for a path "none".
 
     Returns:
-        The data set, images (N, H, W[, C]); splits, labels and sources are those of `DATASETS`.
+        The data set, images (N, H, W[, C]) or word counts (N, D); splits, labels and sources are those of `DATASETS`.
 
     Raises:
         ValueError: If the name is unknown, or a file is damaged or does not hold what it should.
@@ -211,22 +221,22 @@ def _is_path(name: PathLike) -> bool:
 
 
 def _dataset(name: str, parts: Parts, binarize: Binarize, source: str) -> Dataset:
-    label_names = tuple(map(str, parts.pop("label_names"))) if "label_names" in parts else None
-    tensors = {key: _tensor(array, labels="_labels" in key) for key, array in parts.items()}
-    return Dataset(name, **tensors, label_names=label_names, binarize=binarize, source=source)
+    names: Any = {key: tuple(map(str, parts.pop(key))) for key in ("label_names", "vocab") if key in parts}
+    data = {key: _tensor(array, labels="_labels" in key) for key, array in parts.items()}
+    return Dataset(name, **data, **names, binarize=binarize, source=source)
 
 
-def _tensor(array: Array, labels: bool) -> Tensor:
+def _tensor(array: Any, labels: bool) -> Data:
+    if is_sparse(array):
+        return array
     dtype = np.dtype(np.int64) if labels else array.dtype.newbyteorder("=")
     return torch.from_numpy(np.array(array, dtype, order="C"))  # a copy: some arrays are read-only
 
 
-def _permuted(
-    sizes: Sequence[int], images: Array, labels: Array | None = None, splits: Sequence[str] = SPLITS
-) -> Parts:
+def _permuted(sizes: Sequence[int], images: Any, labels: Array | None = None, splits: Sequence[str] = SPLITS) -> Parts:
     """Cut a permutation into splits of the given sizes."""
-    order = np.random.default_rng(0).permutation(len(images))
-    parts = {}
+    order = np.random.default_rng(0).permutation(images.shape[0])
+    parts: Parts = {}
     for split, rows in zip(splits, np.split(order, np.cumsum(sizes)[:-1]), strict=True):
         parts[split] = images[rows]
         if labels is not None:
@@ -350,6 +360,17 @@ def _read_caltech101(info: DatasetInfo, root: Path) -> Parts:
     return {**_permuted(info.sizes, images, arrays["labels"]), "label_names": arrays["class_names"]}
 
 
+def _read_20newsgroups(info: DatasetInfo, root: Path) -> Parts:
+    arrays = _read_npz(info, root)
+    train, test = (_counts(arrays, split, width=info.shape[0]) for split in ("train", "test"))
+    return {**_permuted(info.sizes[:2], train, splits=SPLITS[:2]), "test": test, "vocab": arrays["vocab"]}
+
+
+def _counts(arrays: dict[str, Array], split: str, width: int) -> csr_array:
+    values, places, starts = (arrays[f"{split}_{part}"] for part in ("counts", "indices", "indptr"))
+    return csr_array((values.astype(np.int32), places.astype(np.int32), starts), (len(starts) - 1, width))
+
+
 # ---- Named sets: downloading
 
 
@@ -466,6 +487,22 @@ def _convert_omniglot(*paths: Path) -> Parts:
         "alphabet": alphabet,
         "alphabet_names": np.array(names),
     }
+
+
+def _convert_20newsgroups(train: Path, test: Path, vocab: Path) -> Parts:
+    """Count words: a line is a document, "1 word:count word:count ...", and a line of `vocab` is "word 0".
+
+    Words are numbered from 1, in the order of `vocab`. A line without words is no document.
+    """
+    words = [line.split()[0] for line in vocab.read_text().splitlines() if line.strip()]
+    parts: Parts = {"vocab": np.array(words)}
+    for split, path in (("train", train), ("test", test)):
+        pairs = ([token.split(":") for token in line.split()[1:]] for line in path.read_text().splitlines())
+        documents = [sorted((int(word) - 1, int(count)) for word, count in document) for document in pairs if document]
+        flat = np.array([entry for document in documents for entry in document], np.uint16).reshape(-1, 2)
+        parts[f"{split}_indptr"] = np.cumsum([0, *map(len, documents)], dtype=np.int32)
+        parts[f"{split}_indices"], parts[f"{split}_counts"] = flat[:, 0].copy(), flat[:, 1].copy()
+    return parts
 
 
 # ---- The user's own data
@@ -704,6 +741,30 @@ DATASETS: dict[str, DatasetInfo] = {
                 "862d0a4b828256d54ad5de7c5066c18c72f355cac5b7cde4c1c3be7c000d180b"
             },
             convert=_convert_caltech101,
+        ),
+        DatasetInfo(
+            name="20newsgroups",
+            shape=(1995,),
+            sizes=(10_258, 1_000, 7_487),
+            binarize="none",
+            split="Test as distributed; the last 1,000 of a fixed permutation of the 11,258 training documents are for "
+            "validation (the ProdLDA paper trains on all of them).",
+            citation="Lang, ICML 1995; pre-processing of Srivastava & Sutton, arXiv:1703.01488",
+            read=_read_20newsgroups,
+            source="https://raw.githubusercontent.com/sophieburkhardt/dirichlet-vae-topic-models/"
+            "3d3593654272b01877ae70a07f9e3b562987830d/data/20news/",
+            files=("news20_prodlda.npz",),
+            arrays={
+                "train_indptr": ((11_259,), "32cf3770388dd0e70324fd2d65d2a9d19acc269ee1a5d8a130f5f8a69b742e99"),
+                "train_indices": ((629_540,), "44762bc5f43f36e493f76d0ff42ed1a756177d88574972d3d4c13d7e8e0f28ff"),
+                "train_counts": ((629_540,), "537d0d856fb8fb4ba4ce5b9df98f976b56b98738a6868baecd1554b94471b698"),
+                "test_indptr": ((7_488,), "9c584ac945e2a72c2d2118e03bb019c1b75657370b2e9347e3b023249eea9581"),
+                "test_indices": ((410_358,), "9455979be66ebc4017055abacac9a1d2c34200248729f03bc368edb3e4321cce"),
+                "test_counts": ((410_358,), "3efe6da7ee0360411938d8eef44565183702fafaf4403fc29266ec19deacdf7e"),
+                "vocab": ((1_995,), "7bdbc2e8dbe444619d37afa1f0471e23d7f734da5ee0070f0fe545b9811642e3"),
+            },
+            originals={"train.feat": "", "test.feat": "", "vocab.new": ""},  # those of the arrays are checked
+            convert=_convert_20newsgroups,
         ),
     )
 }

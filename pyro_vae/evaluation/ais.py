@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -99,8 +99,14 @@ class AIS:
         self, program: Program, args: Any, kwargs: Any, rows_at_once: int, recorder: Recorder = UNRECORDED
     ) -> Estimate:
         """Estimate log p(x) of a minibatch."""
-        annealing = self.prepare(LatentSpace(program.model, guide_of(program), args, kwargs), recorder)
-        counts = chunk_sizes(self.num_particles, batch_size_of(args, kwargs), rows_at_once)
+        space = LatentSpace(program.model, guide_of(program), args, kwargs)
+        return self.estimate(
+            space, chunk_sizes(self.num_particles, batch_size_of(args, kwargs), rows_at_once), recorder
+        )
+
+    def estimate(self, space: LatentSpace, counts: Iterable[int], recorder: Recorder = UNRECORDED) -> Estimate:
+        """Estimate the log integral of a space's density by so many chains at a time."""
+        annealing = self.prepare(space, recorder)
         runs = [annealing.forward(count) for count in counts]
         summary = summarize_weights([log_w for log_w, _ in runs])
         acceptance = torch.cat([accepted for _, accepted in runs]).mean(0)

@@ -56,6 +56,7 @@ def evaluate_bound(
     *,
     batch_size: int = 500,
     num_data: int | None = None,
+    predictive: bool = False,
     seed: int = 0,
 ) -> BoundEstimate:
     """The mean of an objective's bound over data, in nats per datum.
@@ -69,6 +70,8 @@ def evaluate_bound(
             the standard error is then that of the mean over batches.
         batch_size: data at a time; it does not change the expected value.
         num_data: take only the first so many (of an iterable of batches, all are taken).
+        predictive: leave out the terms of global latents, for data that were not trained on: a bound on the log density
+            that the posterior of the global latents predicts. (Of Pyro's ELBOs they cannot be left out.)
         seed: of the noise and of the binarisation, which depends on nothing else.
 
     Returns:
@@ -87,15 +90,18 @@ def evaluate_bound(
     program, objective = as_program(program), SGVB() if objective is None else objective
     inputs = data if isinstance(data, Inputs) else open_inputs(program, data, split="test", batch_size=batch_size)
     per_datum, team = isinstance(objective, Objective), ranks()
+    predictive = predictive and bool(inputs.check.global_sites)
     with _unannealed(objective):
         if isinstance(inputs.data, BatchIterable):
-            values = _values_of_batches(program, objective, inputs, inputs.data, seed, team)
+            values = _values_of_batches(program, objective, inputs, inputs.data, predictive, seed, team)
         else:
             size = batch_size if per_datum else min(batch_size, 100)
+            if inputs.check.global_sites and inputs.check.full_size == inputs.check.batch_size:
+                size = max(size, len(inputs.data))  # a plate that does not state N: global terms count once, for all
             rows = inputs.data.drawn_once(seed, num_data)
             with frozen(program, team.seed(seed)):
                 own = rows.in_order(size, team.part(len(rows)))
-                values = [_values(program, objective, *inputs.call(columns)) for columns in own]
+                values = [_values(program, objective, predictive, *inputs.call(columns)) for columns in own]
     if team.size > 1:
         values = [value for part in team.gather([value.cpu() for value in values]) for value in part]
     if per_datum:
@@ -107,7 +113,7 @@ def evaluate_bound(
 
 
 def _values_of_batches(
-    program: Program, objective: Any, inputs: Inputs, data: BatchIterable, seed: int, team: Ranks
+    program: Program, objective: Any, inputs: Inputs, data: BatchIterable, predictive: bool, seed: int, team: Ranks
 ) -> list[Tensor]:
     """Of an iterable's batches, of which each of several ranks takes every so many-th.
 
@@ -118,13 +124,14 @@ def _values_of_batches(
         for number, columns in enumerate(data.raw()):
             if is_sharded(data.batches) or number % team.size == team.rank:
                 with contextlib.nullcontext() if team.size == 1 else seeded(team.seed(seed, number)):
-                    values.append(_values(program, objective, *inputs.call(data.reader(columns))))
+                    values.append(_values(program, objective, predictive, *inputs.call(data.reader(columns))))
     return values
 
 
-def _values(program: Program, objective: Any, args: Any, kwargs: Any) -> Tensor:
+def _values(program: Program, objective: Any, predictive: bool, args: Any, kwargs: Any) -> Tensor:
     if isinstance(objective, Objective):
-        return objective.bound(program.model, program.guide, *args, **kwargs)
+        bound = objective.predictive_bound if predictive else objective.bound
+        return bound(program.model, program.guide, *args, **kwargs)
     size = batch_size_of(args, kwargs)
     total = -objective.loss(program.model, program.guide, *args, **kwargs)
     scale = minibatch_scale(program.model, args, kwargs)  # N / M of this very batch, short or not

@@ -120,7 +120,7 @@ def active_units(
     of A_u is unbiased for any K.
 
     Args:
-        program: an object with ``.model`` and ``.guide``, its latents all in the data plate.
+        program: an object with ``.model`` and ``.guide``; of its latents, those in the data plate are looked at.
         x: data as for :func:`pyro_vae.log_marginal`, at least two of them; of a data set the test split is taken.
         threshold: of A_u, in the unit of u squared.
         num_particles: K per datum, at least 2.
@@ -132,7 +132,7 @@ def active_units(
         Variances and masks by site, of the event's shape (with those of further plates on the left).
 
     Raises:
-        ValueError: an argument is out of range, the data do not fit, or the program has global latents.
+        ValueError: an argument is out of range, the data do not fit, or the program has global latents alone.
 
     Source: Burda, Grosse & Salakhutdinov, arXiv:1509.00519, Sec. 5.2.
 
@@ -143,7 +143,7 @@ def active_units(
         ActiveUnits(Var > 0.01: z 1 of 2)
     """
     num_particles = whole_number("num_particles", num_particles, least=2)
-    opened = _open(program, x, batch_size, binarize, seed)
+    opened = _open(program, x, batch_size, binarize, seed, shared=True)
     if len(opened.data) < 2:
         raise ValueError(f"a variance over data: expected at least 2 data, got {len(opened.data)}")
     means: dict[str, list[Tensor]] = {}
@@ -172,10 +172,10 @@ def kl_per_dimension(
     distributions are fixed once the sites before are drawn (as in estimator B), else by Monte Carlo over K draws,
     unbiased. Given their parents both q and p have to factorise over the event for its dimensions to have a share each;
     those over which one of them does not, such as a MultivariateNormal's, are given as one number. So the sum of all
-    entries is always the KL of all latents together, Kingma & Welling's regulariser.
+    entries is always the KL of all a datum's latents together, Kingma & Welling's regulariser.
 
     Args:
-        program: an object with ``.model`` and ``.guide``, its latents all in the data plate.
+        program: an object with ``.model`` and ``.guide``; of its latents, those in the data plate are looked at.
         x: data as for :func:`pyro_vae.log_marginal`; of a data set the test split is taken.
         num_particles: K per datum, at least 1; no matter where every term has a closed form that holds no draw.
         batch_size: data at a time.
@@ -188,8 +188,8 @@ def kl_per_dimension(
         may be negative.
 
     Raises:
-        ValueError: an argument is out of range, the data do not fit, the program has global latents, or the guide
-            draws auxiliary sites.
+        ValueError: an argument is out of range, the data do not fit, the program has global latents alone, or the
+            guide draws auxiliary sites.
 
     Source: Kingma & Welling, arXiv:1312.6114, eq. (7) and Appendix B.
 
@@ -200,7 +200,7 @@ def kl_per_dimension(
         torch.Size([3])
     """
     num_particles = whole_number("num_particles", num_particles)
-    opened = _open(program, x, batch_size, binarize, seed)
+    opened = _open(program, x, batch_size, binarize, seed, shared=True)
     sums: dict[str, Tensor] = {}
     with frozen(opened.program, seed):
         for args, kwargs in opened.batches():
@@ -601,18 +601,25 @@ class _Opened:
 
     def by_datum(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Values by site, as they come, laid out as (K, M, *event)."""
-        return {name: self.sites[name].by_datum(values) for name, values in latents.items()}
+        return {name: site.by_datum(latents[name]) for name, site in self.sites.items()}
 
 
-def _open(program: HasModelAndGuide, x: Any, batch_size: int, binarize: str | None, seed: int) -> _Opened:
+def _open(
+    program: HasModelAndGuide, x: Any, batch_size: int, binarize: str | None, seed: int, *, shared: bool = False
+) -> _Opened:
+    """A program and its data; latents that data share are refused, or left out, for others are looked at."""
     bridged, batch_size = as_program(program), whole_number("batch_size", batch_size)
     inputs = open_inputs(bridged, x, binarize=binarize, split="test", batch_size=batch_size)
     data = inputs.tensors().drawn_once(seed)
     args, kwargs = inputs.call(data.rows(slice(batch_size)))
     sites = latent_sites(bridged.model, args, kwargs)
-    if shared := [name for name, site in sites.items() if site.axes is None]:
-        raise ValueError(f"a diagnosis per datum needs every latent inside the data plate; sites outside it: {shared}")
-    return _Opened(bridged, sites, inputs, data, batch_size)
+    own = {name: site for name, site in sites.items() if site.axes is not None}
+    if not own or (len(own) < len(sites) and not shared):
+        raise ValueError(
+            f"a diagnosis per datum needs {'a' if shared else 'every'} latent inside the data plate; sites outside it: "
+            f"{[name for name in sites if name not in own]}"
+        )
+    return _Opened(bridged, own, inputs, data, batch_size)
 
 
 # Importance weights ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,9 @@ drawn from the prior instead, and all are weighed by the mixture (Hesterberg 199
 
 which is unbiased too, and has finite variance wherever the likelihood is bounded.
 
+Latents theta that data share are drawn from the guide with every particle, and not weighed. What is estimated is then
+log E_q(theta)[p(x | theta)], the log density that the guide, as a posterior, predicts of each datum by itself.
+
 Particles come in chunks of bounded memory, and are reduced as if they had come at once.
 """
 
@@ -34,7 +37,7 @@ from pyro_vae.evaluation.diagnostics import pareto_k
 from pyro_vae.evaluation.score import Estimate
 from pyro_vae.inputs import batch_size_of
 from pyro_vae.numerics import summarize_weights
-from pyro_vae.programs import LogWeights, Program, draw_prior, log_weights
+from pyro_vae.programs import LogWeights, Program, draw_guide, draw_prior, latent_sites, log_weights
 
 __all__ = ["ImportanceSampling"]
 
@@ -71,10 +74,10 @@ class ImportanceSampling:
         """A few draws, as they will be made.
 
         Raises:
-            ValueError: the program has no guide, or latents that data share.
+            ValueError: the program has no guide.
         """
         few = ImportanceSampling(2, self.defensive)
-        list(few._chunks(program, args, kwargs, 2, UNRECORDED))
+        list(few._chunks(program, _shared(program, args, kwargs), args, kwargs, 2, UNRECORDED))
 
     @property
     def at_once(self) -> int:
@@ -85,36 +88,51 @@ class ImportanceSampling:
         self, program: Program, args: Any, kwargs: Any, rows_at_once: int, recorder: Recorder = UNRECORDED
     ) -> Estimate:
         """Estimate log p(x) of a minibatch."""
-        log_w = list(self._chunks(program, args, kwargs, rows_at_once, recorder))
+        shared = _shared(program, args, kwargs)
+        log_w = list(self._chunks(program, shared, args, kwargs, rows_at_once, recorder))
         summary = summarize_weights(log_w)
-        k = pareto_k(torch.cat(log_w)).to(summary.ess.device)
-        return Estimate(summary.log_mean, summary.log_mean_variance, {"ess": summary.ess, "pareto_k": k})
+        diagnostics = {"ess": summary.ess, "pareto_k": pareto_k(torch.cat(log_w)).to(summary.ess.device)}
+        joint = summary.sum_variance if shared else None
+        return Estimate(summary.log_mean, summary.log_mean_variance, diagnostics, joint)
 
     def _from_prior(self) -> int:
         """How many particles the prior draws."""
         share = round(self.num_particles * self.defensive)
         return min(max(share, 1), self.num_particles - 1) if self.defensive else 0
 
-    def _chunks(self, program: Program, args: Any, kwargs: Any, rows: int, recorder: Recorder) -> Iterator[Tensor]:
+    def _chunks(
+        self, program: Program, shared: frozenset[str], args: Any, kwargs: Any, rows: int, recorder: Recorder
+    ) -> Iterator[Tensor]:
         """Log weights (K_i, M), so many particles at a time that K_i M stays within ``rows``."""
         size, names = batch_size_of(args, kwargs), tuple(kwargs)
         from_prior = self._from_prior()
         state = [*program.named_parameters().values(), *program.named_buffers().values()]
         for total, prior in ((self.num_particles - from_prior, False), (from_prior, True)):
             for count in chunk_sizes(total, size, rows):
-                log_w = functools.partial(self._log_w, program, names, count, prior)
+                log_w = functools.partial(self._log_w, program, shared, names, count, prior)
                 (chunk,) = recorder((names, count, prior), log_w, state)(*args, *kwargs.values())
                 yield chunk
 
     def _log_w(
-        self, program: Program, names: tuple[str, ...], count: int, prior: bool, *tensors: Tensor
+        self,
+        program: Program,
+        shared: frozenset[str],
+        names: tuple[str, ...],
+        count: int,
+        prior: bool,
+        *tensors: Tensor,
     ) -> tuple[Tensor]:
         """Log weights (K_i, M) of draws of the prior or the guide, for the arguments whose last ones have names."""
         args = tensors[: len(tensors) - len(names)]
         kwargs = dict(zip(names, tensors[len(args) :], strict=True))
-        draws = draw_prior(program.model, program.guide, args, kwargs, count) if prior else None
+        draws = _prior_given_shared(program, shared, args, kwargs, count) if prior else None
         weights = log_weights(program.model, program.guide, args, kwargs, num_particles=count, latents=draws)
-        _require_local(weights)
+        if weights.entangled:
+            raise ValueError(
+                f"log p(x) per datum needs the guide's density of each datum's latents, but it draws "
+                f"{weights.entangled} together with those of other data, as an automatic guide of all latents does: "
+                "let it draw those outside the data plate alone (poutine.block), beside a guide of the others"
+            )
         from_prior = self._from_prior()
         return (_defended(weights, from_prior / self.num_particles) if from_prior else weights.log_w,)
 
@@ -127,13 +145,21 @@ def chunk_sizes(num_particles: int, size: int, rows_at_once: int) -> Iterator[in
 
 
 def _defended(weights: LogWeights, share: float) -> Tensor:
-    log_prior = torch.stack(list(weights.log_prior.values())).sum(0)
+    log_prior = torch.stack([term for term in weights.log_prior.values() if term.ndim == 2]).sum(0)
     proposal = torch.logaddexp(math.log1p(-share) + weights.log_q, math.log(share) + log_prior)
     return weights.log_joint - proposal
 
 
-def _require_local(weights: LogWeights) -> None:
-    if weights.global_sites:
-        raise ValueError(
-            f"log p(x) per datum needs every latent inside the data plate; sites outside it: {weights.global_sites}"
-        )
+def _prior_given_shared(
+    program: Program, shared: frozenset[str], args: Any, kwargs: Any, count: int
+) -> dict[str, Tensor]:
+    """Draws of the data's latents from their prior, given draws from the guide of those that they share."""
+    drawn = draw_guide(program.model, program.guide, args, kwargs, count) if shared else {}
+    given = {name: value for name, value in drawn.items() if name in shared}
+    return draw_prior(program.model, program.guide, args, kwargs, count, given)
+
+
+def _shared(program: Program, args: Any, kwargs: Any) -> frozenset[str]:
+    """Names of the latents outside the data plate."""
+    sites = latent_sites(program.model, args, kwargs)
+    return frozenset(name for name, site in sites.items() if site.axes is None)

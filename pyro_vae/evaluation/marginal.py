@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,13 @@ from pyro_vae.compile import Recorder
 from pyro_vae.data import TensorData
 from pyro_vae.evaluation.ais import AIS
 from pyro_vae.evaluation.bounds import frozen
-from pyro_vae.evaluation.importance import ImportanceSampling
+from pyro_vae.evaluation.dataset import anneal_dataset, weigh_dataset
+from pyro_vae.evaluation.importance import ImportanceSampling, chunk_sizes
 from pyro_vae.evaluation.posterior_density import PosteriorDensity
-from pyro_vae.evaluation.score import Method, Score
-from pyro_vae.inputs import open_inputs
+from pyro_vae.evaluation.score import Estimate, Method, Score
+from pyro_vae.inputs import Inputs, open_inputs
 from pyro_vae.parallel import ranks
-from pyro_vae.programs import HasModelAndGuide, Program, as_program
+from pyro_vae.programs import HasModelAndGuide, Program, as_program, latent_sites
 
 __all__ = ["METHODS", "log_marginal", "make_method"]
 
@@ -63,6 +64,7 @@ def log_marginal(
     x: Any,
     *,
     method: str = "importance",
+    of: Literal["datum", "dataset"] = "datum",
     num_particles: int | None = None,
     batch_size: int = 100,
     max_elements: int = _MAX_ELEMENTS,
@@ -71,17 +73,22 @@ def log_marginal(
     compile: bool = True,
     **options: Any,
 ) -> Score:
-    """Estimate log p(x) of each datum, in nats.
+    """Estimate log p(x) of each datum, in nats, or log p(X) of a whole data set whose data share latents.
+
+    With latents theta outside the data plate, ``of="datum"`` estimates log E_q(theta)[p(x | theta)] of each datum by
+    itself, the log density that the guide of theta, as a posterior, predicts ("importance" alone does so), and
+    ``of="dataset"`` one value, the log evidence log p(X) = log E_p(theta)[prod_m p(x_m | theta)] of the data given.
 
     Under torchrun each process takes a part of the data, and all of them return the same; all of them must call it.
 
     Args:
-        program: an object with ``.model`` and ``.guide``, its latents all in the data plate.
+        program: an object with ``.model`` and ``.guide``.
         x: a tensor (N, ...); a tuple or dict of tensors; or a data set, whose test split is taken. Images of type uint8
             are scaled to [0, 1]; grey levels that a binary site observes are drawn once (see ``binarize``).
         method: "importance" (:class:`pyro_vae.evaluation.ImportanceSampling`), "ais"
             (:class:`pyro_vae.evaluation.AIS`) or "posterior-density" (:class:`pyro_vae.evaluation.PosteriorDensity`).
-        num_particles: K per datum, at least 1; None for the method's default: 5000, 16 and 1000.
+        of: "datum" or "dataset" ("importance" or "ais").
+        num_particles: K per datum, or for the data set, at least 1; None for the method's default: 5000, 16 and 1000.
         batch_size: data at a time, at most; fewer are taken where memory asks for it.
         max_elements: bound on particles times data times the width of a datum or a linear layer, that is on memory; the
             values do not depend on it but for the order of the noise.
@@ -89,7 +96,8 @@ def log_marginal(
         seed: of the noise and of the binarisation; torch's own generators are left as they were.
         compile: where there is work for some seconds, record what is computed for one minibatch after the other as a
             graph, and where there is work for half a minute, compile it; the numbers are the same but for rounding.
-        **options: of the method: ``defensive`` of "importance"; ``num_steps``, ``num_leapfrog``, ``initial``,
+        **options: of the method: ``defensive`` of "importance", and of a data set ``num_local``, draws of each datum's
+            own latents for each draw of those that are shared; ``num_steps``, ``num_leapfrog``, ``initial``,
             ``target_accept``, ``num_pilot`` of "ais"; ``num_chains``, ``num_warmup``, ``num_leapfrog``,
             ``target_accept``, ``density`` of "posterior-density". Their classes say what they mean.
 
@@ -97,8 +105,8 @@ def log_marginal(
         Values per datum, their mean, errors and diagnostics.
 
     Raises:
-        ValueError: an argument is out of range, the data do not fit the program, the program has global latents, or a
-            weight is NaN or infinite (the rows are named).
+        ValueError: an argument is out of range, the data do not fit the program, the method cannot do with latents
+            that data share, or a weight is NaN or infinite (the rows are named).
 
     Example:
         >>> import pyro_vae as pv
@@ -109,13 +117,21 @@ def log_marginal(
         >>> log_marginal(model, torch.zeros(2, 3), method="ais", num_steps=20, initial="prior").num_particles
         16
     """
+    one_of("of", of, ("datum", "dataset"))
+    given = {"num_local": options.pop("num_local")} if of == "dataset" and "num_local" in options else {}
+    num_local = whole_number("num_local", given.get("num_local", 1))
     estimator = make_method(method, num_particles, **options)
     batch_size = whole_number("batch_size", batch_size)
     max_elements = whole_number("max_elements", max_elements)
     bridged = as_program(program)
     inputs = open_inputs(bridged, x, binarize=binarize, split="test", batch_size=batch_size)
     data = inputs.tensors().drawn_once(seed)
-    rows_at_once = max(1, max_elements // _elements_per_row(bridged, data))
+    rows_at_once = max(1, max_elements // _elements_per_row(bridged, data, inputs, batch_size))
+    if of == "dataset":
+        _require_for_dataset(estimator, inputs)
+        with frozen(bridged, seed):
+            estimate = _of_dataset(estimator, bridged, inputs, data, num_local, batch_size, rows_at_once, compile)
+        return _score([estimate], data, estimator, method, options | given, len(data))
     size = min(batch_size, max(1, rows_at_once // estimator.at_once), max(1, max_elements // estimator.num_particles))
     team = ranks()
     rows = len(data) * estimator.num_particles * estimator.passes
@@ -127,19 +143,64 @@ def log_marginal(
     if team.size > 1:
         parts = team.gather([estimate.to("cpu") for estimate in found])
         found = [estimate.to(data.reader.device) for part in parts for estimate in part]
+    return _score(found, data, estimator, method, options)
+
+
+def _score(
+    found: list[Estimate],
+    data: TensorData,
+    estimator: Method,
+    method: str,
+    options: dict[str, Any],
+    num_data: int | None = None,
+) -> Score:
     values = torch.cat([estimate.values for estimate in found])
     _require_finite(values)
     diagnostics = {n: torch.cat([estimate.diagnostics[n] for estimate in found]) for n in found[0].diagnostics}
-    mc_error = math.sqrt(sum(estimate.variance.sum().item() for estimate in found)) / len(values)
+    mc_error = math.sqrt(sum(estimate.variance_of_sum.item() for estimate in found)) / len(values)
     values = values.to(data.reader.dtype)  # sums were taken in double precision
-    return Score(values, mc_error, diagnostics, estimator.num_particles, method, options)
+    return Score(values, mc_error, diagnostics, estimator.num_particles, method, options, num_data)
 
 
-def _elements_per_row(program: Program, data: TensorData) -> int:
-    """Numbers in flight for one particle of one datum: the datum's, or the widest linear layer's."""
+def _require_for_dataset(estimator: Method, inputs: Inputs) -> None:
+    defended = isinstance(estimator, ImportanceSampling) and estimator.defensive > 0
+    if defended or not isinstance(estimator, (ImportanceSampling, AIS)):
+        raise ValueError('of="dataset": expected method "importance" without a defensive share, or "ais"')
+    if not inputs.check.global_sites:
+        raise ValueError(
+            'of="dataset": expected a program with latents outside the data plate; without them log p(X) is the sum of '
+            "the values of its data"
+        )
+
+
+def _of_dataset(
+    estimator: Any,
+    program: Program,
+    inputs: Inputs,
+    data: TensorData,
+    num_local: int,
+    batch_size: int,
+    rows_at_once: int,
+    compile: bool,
+) -> Estimate:
+    if isinstance(estimator, AIS):
+        args, kwargs = inputs.call(data.rows(slice(None)))
+        work = len(data) * estimator.num_particles * estimator.passes
+        recorder = Recorder(compile and work // rows_at_once > _WORTH_RECORDING // _MAX_ELEMENTS)
+        return anneal_dataset(program, args, kwargs, estimator, rows_at_once, recorder)
+    counts = chunk_sizes(estimator.num_particles, min(batch_size, len(data)), rows_at_once)
+    return weigh_dataset(program, lambda: data.in_order(batch_size), inputs.call, counts, num_local)
+
+
+def _elements_per_row(program: Program, data: TensorData, inputs: Inputs, batch_size: int) -> int:
+    """Numbers in flight for one particle of one datum: the datum's, the widest linear layer's, or shared latents'."""
     layers = (layer for module in program.modules().values() for layer in module.modules())
     widths = [layer.out_features for layer in layers if isinstance(layer, nn.Linear)]
-    return max(widths + [column[0].numel() for column in data.columns.values()])
+    widths += [column[0].numel() for column in data.columns.values()]
+    if inputs.check.global_sites:  # drawn once for a minibatch
+        sites = latent_sites(program.model, *inputs.first()).values()
+        widths.append(sum(site.size for site in sites if site.axes is None) // min(batch_size, len(data)))
+    return max(widths)
 
 
 def _require_finite(values: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What every estimator of log p(x) gives: a value per datum, its Monte Carlo error, and what can be said against it."""
+"""What every estimator of log p(x) gives: values, their Monte Carlo error, and what can be said against them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,24 @@ class Estimate:
         values: (M,), nats.
         variance: Monte Carlo variance of each value, (M,), nats squared; not a number where it is not known.
         diagnostics: per datum, each (M,).
+        joint_variance: Monte Carlo variance of the values' sum, a scalar, where data share draws; else None.
     """
 
     values: Tensor
     variance: Tensor
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    joint_variance: Tensor | None = None
+
+    @property
+    def variance_of_sum(self) -> Tensor:
+        """Monte Carlo variance of the sum of the values, a scalar."""
+        return self.variance.sum() if self.joint_variance is None else self.joint_variance
 
     def to(self, device: str | torch.device) -> Estimate:
         """The same on another device."""
         diagnostics = {name: value.to(device) for name, value in self.diagnostics.items()}
-        return Estimate(self.values.to(device), self.variance.to(device), diagnostics)
+        joint = None if self.joint_variance is None else self.joint_variance.to(device)
+        return Estimate(self.values.to(device), self.variance.to(device), diagnostics, joint)
 
 
 class Method(Protocol):
@@ -80,6 +88,7 @@ class Score:
         num_particles: K.
         method: how it was estimated.
         options: of the method, where they are not its defaults.
+        num_data: N where the one value is log p(X) of a whole data set; None where there is a value for each datum.
     """
 
     values: Tensor
@@ -88,6 +97,7 @@ class Score:
     num_particles: int
     method: str
     options: dict[str, Any] = field(default_factory=dict)
+    num_data: int | None = None
 
     @property
     def mean(self) -> float:
@@ -108,16 +118,19 @@ class Score:
     def __repr__(self) -> str:
         options = [f"{name}={value}" for name, value in self.options.items()]
         how = ", ".join([self.method, *options, f"K={self.num_particles}"])
-        return (
-            f"Score({how}: {self.mean:.2f} ± {self.std_error:.2f} nats over {len(self.values)} data; Monte Carlo error "
-            f"{self.mc_error:.2g}, {', '.join(self.remarks())})"
-        )
+        found = f"{self.mean:.2f} ± {self.std_error:.2f} nats over {len(self.values)} data"
+        if self.num_data is not None:
+            found = f"{self.mean:.2f} nats for the whole of {self.num_data} data"
+        return f"Score({how}: {found}; Monte Carlo error {self.mc_error:.2g}, {', '.join(self.remarks())})"
 
     def remarks(self) -> list[str]:
         """What the diagnostics say, in words."""
         found = self.diagnostics
-        said = [] if "r_hat" in found else [f"median ESS {found['ess'].median().item():.1f}"]
-        if self.num_heavy is not None:
+        median = "median ESS" if self.num_data is None else "ESS"
+        said = [] if "r_hat" in found else [f"{median} {found['ess'].median().item():.1f}"]
+        if self.num_data is not None and "pareto_k" in found:
+            said.append(f"Pareto k {found['pareto_k'].item():.2f}")
+        elif self.num_heavy is not None:
             said.append(f"Pareto k > 0.7 at {self.num_heavy} of {len(self.values)}")
         if "acceptance" in found:
             said.append(f"acceptance {found['acceptance'].mean().item():.2f}")

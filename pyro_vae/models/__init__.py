@@ -2,6 +2,8 @@
 
 from pyro_vae.models.belief_network import SigmoidBeliefNetwork
 from pyro_vae.models.linear_gaussian import LinearGaussian
+from pyro_vae.models.mixture import GaussianMixture
+from pyro_vae.models.topic_model import ProdLDA
 from pyro_vae.models.vae import VAE
 
-__all__ = ["VAE", "LinearGaussian", "SigmoidBeliefNetwork"]
+__all__ = ["VAE", "GaussianMixture", "LinearGaussian", "ProdLDA", "SigmoidBeliefNetwork"]

@@ -74,6 +74,13 @@ class Objective(ELBO):  # type: ignore[misc]
     def bound(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The bound on log p(x) of each datum of a minibatch, shape (M,), in nats."""
 
+    def predictive_bound(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The bound of each datum, (M,), given what the guide knows of global latents: without them, the bound.
+
+        It is of data that the guide of the global latents has not seen: their terms are not part of it.
+        """
+        return self.bound(model, guide, *args, **kwargs)
+
     @property
     def config(self) -> dict[str, Any]:
         """The arguments that build this objective again, as JSON can hold them."""

@@ -92,6 +92,14 @@ class SGVB(Objective):
         per_datum, shared = self._bounds(weights)
         return per_datum + shared / (weights.scale * len(per_datum))
 
+    def predictive_bound(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """A lower bound on log E_q(theta)[p(x | theta)] of each datum, shape (M,), in nats, theta being what is global.
+
+        Without global latents it is :meth:`bound`.
+        """
+        weights = self._log_weights(model, guide, args, kwargs, reparameterized=False)
+        return self._bounds(weights)[0]
+
     def _log_weights(self, model: Any, guide: Any, args: Any, kwargs: Any, reparameterized: bool) -> LogWeights:
         analytic = self.estimator == "B"
         weights = log_weights(
@@ -102,6 +110,7 @@ class SGVB(Objective):
             num_particles=self.num_particles,
             analytic_kl=analytic,
             reparameterized=reparameterized,
+            per_datum=True,  # a bound is a sum over data
         )
         if analytic and (sampled := weights.log_guide.keys() - self._told):
             self._told |= sampled

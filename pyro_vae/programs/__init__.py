@@ -30,8 +30,15 @@ from pyro_vae.programs.program import (
     guide_of,
     signature_of,
 )
-from pyro_vae.programs.sites import DATA_PLATE, minibatch_scale, same_minibatch
-from pyro_vae.programs.weights import LogWeights, draw_guide, draw_prior, log_guide, log_weights, model_parameters
+from pyro_vae.programs.sites import DATA_PLATE, draws_per_datum, minibatch_scale, same_minibatch
+from pyro_vae.programs.weights import (
+    LogWeights,
+    draw_guide,
+    draw_prior,
+    log_guide,
+    log_weights,
+    model_parameters,
+)
 
 __all__ = [
     "DATA_PLATE",
@@ -48,6 +55,7 @@ __all__ = [
     "check_program",
     "draw_guide",
     "draw_prior",
+    "draws_per_datum",
     "dream",
     "evaluation_mode",
     "guide_of",

@@ -12,8 +12,16 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae.numerics import forked_rng
-from pyro_vae.programs.program import Program, bind_arguments, guide_of
-from pyro_vae.programs.sites import base_name_of, base_support_of, data_frame_of, plain_traces, require_same_sites
+from pyro_vae.programs.program import HasModelAndGuide, Program, as_program, bind_arguments, guide_of
+from pyro_vae.programs.sites import (
+    DATA_PLATE,
+    base_name_of,
+    base_support_of,
+    data_frame_of,
+    frame_of,
+    plain_traces,
+    require_same_sites,
+)
 from pyro_vae.programs.weights import draw_prior, log_weights
 
 __all__ = ["ProgramCheck", "check_program"]
@@ -27,18 +35,24 @@ class ProgramCheck:
         batch_size: M, the size of the data plate in this batch.
         full_size: N if the plate states it (``pyro.plate("data", N, subsample_size=M)``), else M.
         binary_arguments: names of the arguments that are observed by a site of binary support.
+        global_sites: names of the sites outside the data plate, latent or observed.
+        global_latents: those of them that are latent.
     """
 
     batch_size: int
     full_size: int
     binary_arguments: frozenset[str]
+    global_sites: tuple[str, ...] = ()
+    global_latents: tuple[str, ...] = ()
 
     def data_of(self, batch_size: int) -> int:
         """How many data the loss of a batch stands for: N where the plate scales to N, else the batch's own."""
         return self.full_size if self.full_size != self.batch_size else batch_size
 
 
-def check_program(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> ProgramCheck:
+def check_program(
+    program: HasModelAndGuide, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+) -> ProgramCheck:
     """Run a program once on a batch, under full validation, and compare its guide with its model, site by site.
 
     Torch's generators are left as they were. Parameters that do not exist yet are created.
@@ -57,7 +71,7 @@ def check_program(program: Program, args: Sequence[Any], kwargs: Mapping[str, An
             outside its distribution's support; the program cannot broadcast over particles. The message names the
             site and the shapes.
     """
-    kwargs = kwargs or {}
+    program, kwargs = as_program(program), kwargs or {}
     arguments = bind_arguments(program, args, kwargs)
     with pyro.validation_enabled(True), program.evaluation_mode():
         model_sites, guide_trace = _first_run(program, arguments, args, kwargs)
@@ -78,12 +92,27 @@ def check_program(program: Program, args: Sequence[Any], kwargs: Mapping[str, An
         if not enumerated:
             _require_broadcast(program, args, kwargs)
     binary = {_argument_of(n, s, arguments) for n, s in observed.items() if _is_binary(s)} - {None}
-    return ProgramCheck(frame.size, frame.full_size or frame.size, frozenset(map(str, binary)))
+    shared = tuple(name for name, site in model_sites.items() if _is_global(site))
+    found = frozenset(map(str, binary))
+    return ProgramCheck(
+        frame.size, frame.full_size or frame.size, found, shared, tuple(n for n in shared if n not in observed)
+    )
+
+
+def _is_global(site: Any) -> bool:
+    return frame_of(site, DATA_PLATE) is None and not site["infer"].get("_deterministic")
 
 
 def _first_run(program: Program, arguments: Mapping[str, Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
     try:
         return plain_traces(program.model, guide_of(program), args, kwargs)
+    except ValueError as error:
+        if "subsample_size" not in str(error):
+            raise
+        raise ValueError(
+            "a plate states fewer data than the batch holds: expected no more than the data set has, or, for data of "
+            f'another set, pyro.plate("data", N, subsample=torch.arange(len(x))); Pyro says: {_first_line(error)}'
+        ) from error
     except (RuntimeError, IndexError) as error:
         given = {name: (tuple(x.shape), x.dtype) for name, x in arguments.items() if isinstance(x, Tensor)}
         raise ValueError(

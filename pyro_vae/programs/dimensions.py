@@ -39,6 +39,7 @@ class LatentSite:
     Attributes:
         is_discrete: whether its support is.
         ndim: of its value in one run, without particles.
+        size: how many numbers that value holds.
         axes: which of these dimensions are the data plate's, any other plate's, or the event's, in this order; None for
             a global latent, which lies outside the data plate.
     """
@@ -46,6 +47,7 @@ class LatentSite:
     is_discrete: bool
     ndim: int
     axes: tuple[int, ...] | None
+    size: int = 1
 
     def by_datum(self, values: Tensor) -> Tensor:
         """Values (K, ...) as :func:`draw_guide` or :func:`dream` gives them, laid out as (K, M, *plates, *event)."""
@@ -76,7 +78,7 @@ def latent_sites(
 def _latent_site(site: Any) -> LatentSite:
     support, ndim = support_of(site["fn"]), site["value"].ndim
     axes = tuple(_axes(site, ndim, site["fn"].event_dim)) if frame_of(site, DATA_PLATE) is not None else None
-    return LatentSite(support is not None and support.is_discrete, ndim, axes)
+    return LatentSite(support is not None and support.is_discrete, ndim, axes, site["value"].numel())
 
 
 def kl_by_dimension(
@@ -94,7 +96,7 @@ def kl_by_dimension(
     those of further plates are not.
 
     Args:
-        model: Pyro function, the generative model, its latents all in the data plate.
+        model: Pyro function, the generative model. Latents outside the data plate are drawn and have no terms.
         guide: Pyro function of the same arguments.
         args: positional arguments of both: a minibatch of M data.
         kwargs: keyword arguments of both.
@@ -104,8 +106,8 @@ def kl_by_dimension(
         Terms by site, (K, M, *plates, *event), in nats; their mean over K estimates the KL without bias.
 
     Raises:
-        ValueError: a latent is outside the data plate, the guide's sites are not the model's latent ones, or the guide
-            draws auxiliary sites, so that its density does not split into those of the sites.
+        ValueError: the guide's sites are not the model's latent ones, or it draws auxiliary sites, so that its density
+            does not split into those of the sites.
     """
     kwargs = kwargs or {}
 
@@ -119,10 +121,9 @@ def kl_by_dimension(
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         _, latent = observed_and_latent(prune_subsample_sites(model_trace).nodes)
         require_same_sites(latent, drawn)
-        if stray := [name for name, site in latent.items() if frame_of(site, DATA_PLATE) is None]:
-            raise ValueError(f"a KL per datum needs every latent inside the data plate; sites outside it: {stray}")
         known = known_when_drawn(latent, drawn)
-        return {name: _kl_by_dimension(drawn[name], site, name in known) for name, site in latent.items()}
+        own = {name: site for name, site in latent.items() if frame_of(site, DATA_PLATE) is not None}
+        return {name: _kl_by_dimension(drawn[name], site, name in known) for name, site in own.items()}
 
     return stack_terms(each_particle(run, model, guide, args, kwargs, num_particles, {}))
 

@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,9 @@ class Density:
 class LatentSpace:
     """A minibatch's latents as one real vector per datum, u of shape (K, M, J): what samplers move in.
 
+    Or the latents of all the data and those that they share as one vector, u of shape (K, 1, J), whose densities are
+    those of the data set.
+
     Constrained latents are mapped by torch's bijections (``biject_to`` of the site's support, which may depend on the
     latents drawn before it), with their Jacobians; sites are laid side by side, whatever their plates within a datum.
 
@@ -76,6 +79,7 @@ class LatentSpace:
         guide: Pyro function of the same arguments; None for a program without one.
         args: positional arguments: a minibatch of M data.
         kwargs: keyword arguments.
+        whole: one vector for all: latents may lie outside the data plate. M is 1 in the shapes below.
 
     Attributes:
         dim: J.
@@ -100,14 +104,18 @@ class LatentSpace:
         guide: PyroFunction | None,
         args: Sequence[Any],
         kwargs: Mapping[str, Any] | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
+        self.whole = whole
         self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs or {}
         model_sites, _ = plain_traces(model, None, args, self._kwargs)
         _, latent = observed_and_latent(model_sites)
         if not latent:
             raise ValueError("expected a model with latent sites, got one that only observes")
-        nesting = plate_nesting(model, guide, args, self._kwargs) if getattr(owner_of(model), "vectorize", True) else 0
-        self._layouts = {name: _layout(name, site, nesting) for name, site in latent.items()}
+        self._vectorized = getattr(owner_of(model), "vectorize", True)
+        nesting = plate_nesting(model, guide, args, self._kwargs) if self._vectorized else 0
+        self._layouts = {name: _layout(name, site, nesting, whole) for name, site in latent.items()}
         self.sites, self.dim = list(latent), sum(layout.size for layout in self._layouts.values())
         self.scale = scale_of(data_frame_of(model_sites))
         self.masked = [name for name, site in latent.items() if not torch.as_tensor(innermost(site)[1]).all()]
@@ -161,7 +169,12 @@ class LatentSpace:
         """Log density of the guide at the point that a density was taken at, as one of u: (K, M)."""
         latents = {name: density.latents[name] for name in self.sites}
         terms = log_guide(self._model, self._required_guide(), self._args, self._kwargs, latents)
-        return sum_of(terms, ndim=2) + density.log_det
+        return self._sum_of_stacked(terms) + density.log_det
+
+    def _sum_of_stacked(self, terms: Mapping[str, Tensor]) -> Tensor:
+        if not self.whole:
+            return sum_of(terms, ndim=2)
+        return functools.reduce(operator.add, (term.reshape(len(term), -1).sum(-1, True) for term in terms.values()))
 
     def _required_guide(self) -> PyroFunction:
         if self._guide is None:
@@ -195,19 +208,23 @@ class LatentSpace:
             trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
         observed, latent = observed_and_latent(prune_subsample_sites(trace).nodes)
         stray = [name for name, site in observed.items() if frame_of(site, DATA_PLATE) is None]
-        if stray:
+        if stray and not self.whole:
             raise ValueError(f"log p(x, z) per datum needs every site in the data plate; outside it: {stray}")
         # A program's own scale is part of its density, not of the map.
-        jacobians = [
-            sum_per_datum({**site, "scale": scale_of(frame_of(site, DATA_PLATE))}, maps.log_det[name])
-            for name, site in latent.items()
-        ]
+        maps_alone = {name: {**site, "scale": _minibatch_scale(site)} for name, site in latent.items()}
         return Density(
             {name: site["value"] for name, site in latent.items()},
-            functools.reduce(operator.add, (site_log_prob(site) for site in observed.values())),
-            functools.reduce(operator.add, (site_log_prob(site) for site in latent.values())),
-            functools.reduce(operator.add, jacobians),
+            self._sum(site_log_prob(site) for site in observed.values()),
+            self._sum(site_log_prob(site) for site in latent.values()),
+            self._sum(sum_per_datum(site, maps.log_det[name]) for name, site in maps_alone.items()),
         )
+
+    def _sum(self, terms: Iterable[Tensor]) -> Tensor:
+        """The sum of sites' terms, by datum, (K, M), or of all data, (K, 1); without K where particles come singly."""
+        if not self.whole:
+            return functools.reduce(operator.add, terms)
+        kept = 1 if self._vectorized else 0
+        return functools.reduce(operator.add, (term.reshape(*term.shape[:kept], -1).sum(-1, True) for term in terms))
 
     def _each_particle(self, run: Callable[[Mapping[str, Tensor]], T], values: Mapping[str, Tensor]) -> T | list[T]:
         count = len(next(iter(values.values())))
@@ -219,27 +236,39 @@ class _Layout:
     """How a site's unconstrained values, of shape (*batch, *event) for one particle, lie in a vector per datum."""
 
     shape: tuple[int, ...]
-    data: int  # the data plate's dimension in it, from the right
+    data: int | None  # the data plate's dimension in it, from the right; None in one vector for all data
     missing: int  # batch dimensions between the particles' and its own
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape) // self.shape[self.data]
+        return math.prod(self.shape) // (1 if self.data is None else self.shape[self.data])
 
     def flatten(self, real: Tensor) -> Tensor:
+        if self.data is None:
+            return real.reshape(len(real), 1, self.size)
         by_datum = real.reshape(len(real), *self.shape).movedim(self.data, 1)
         return by_datum.reshape(*by_datum.shape[:2], self.size)
 
     def unflatten(self, part: Tensor) -> Tensor:
-        others = [size for dim, size in enumerate(self.shape, -len(self.shape)) if dim != self.data]
-        value = part.reshape(*part.shape[:2], *others).movedim(1, self.data)
+        value = part
+        if self.data is not None:
+            others = [size for dim, size in enumerate(self.shape, -len(self.shape)) if dim != self.data]
+            value = part.reshape(*part.shape[:2], *others).movedim(1, self.data)
         return value.reshape(len(part), *(1,) * self.missing, *self.shape)
 
 
-def _layout(name: str, site: Any, nesting: int) -> _Layout:
+def _minibatch_scale(site: Any) -> float:
+    frame = frame_of(site, DATA_PLATE)
+    return 1.0 if frame is None else scale_of(frame)
+
+
+def _layout(name: str, site: Any, nesting: int, whole: bool) -> _Layout:
     frame, fn = frame_of(site, DATA_PLATE), site["fn"]
-    if frame is None:
-        raise ValueError(f"expected latents that belong to a datum each, but site '{name}' is outside the data plate")
+    if frame is None and not whole:
+        raise ValueError(
+            f"expected latents that belong to a datum each, but site '{name}' is outside the data plate: "
+            'SGVB() trains such a program, and log_marginal(..., of="dataset") takes all data together'
+        )
     support = support_of(fn)
     if support is None or support.is_discrete or is_delta(fn):
         raise ValueError(
@@ -254,7 +283,8 @@ def _layout(name: str, site: Any, nesting: int) -> _Layout:
             f"Hamiltonian Monte Carlo moves in real space, and torch has no bijection from there to the support of "
             f"{base_name_of(site)}, the distribution of site '{name}'"
         ) from error
-    return _Layout(tuple(real.shape), frame.dim - (real.ndim - batch_rank), max(0, nesting - batch_rank))
+    data = None if whole or frame is None else frame.dim - (real.ndim - batch_rank)
+    return _Layout(tuple(real.shape), data, max(0, nesting - batch_rank))
 
 
 class _ToReal(Messenger):  # type: ignore[misc]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -29,6 +31,7 @@ __all__ = [
     "base_name_of",
     "base_support_of",
     "data_frame_of",
+    "draws_per_datum",
     "each_particle",
     "frame_of",
     "is_delta",
@@ -57,6 +60,27 @@ T = TypeVar("T")
 _nestings: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[tuple[str, str], int]]] = WeakKeyDictionary()
 
 
+_per_datum: ContextVar[bool] = ContextVar("_per_datum", default=True)
+
+
+def draws_per_datum() -> bool:
+    """Whether each datum may see global latents that are drawn for it alone, if a program does so.
+
+    The mean over draws of a sum of functions of one datum each is the same, whether data share the draws or not. A
+    weight, such as p(X, theta) / q(theta), takes one draw for all that is multiplied.
+    """
+    return _per_datum.get()
+
+
+@contextlib.contextmanager
+def _drawn_per_datum(allowed: bool) -> Iterator[None]:
+    token = _per_datum.set(allowed)
+    try:
+        yield
+    finally:
+        _per_datum.reset(token)
+
+
 def sum_of(terms: Mapping[str, Tensor], ndim: int) -> Tensor:
     """The sum of the terms of so many dimensions: 2 in the data plate, 1 outside it."""
     return functools.reduce(operator.add, (term for term in terms.values() if term.ndim == ndim))
@@ -70,8 +94,23 @@ def each_particle(
     kwargs: Any,
     num_particles: int,
     latents: Mapping[str, Tensor],
+    *,
+    per_datum: bool = False,
 ) -> T | list[T]:
     """What ``run`` gives in a plate of particles on the left of the program's own; or a list, of one particle each."""
+    with _drawn_per_datum(per_datum):
+        return _each_particle(run, model, guide, args, kwargs, num_particles, latents)
+
+
+def _each_particle(
+    run: Callable[[Mapping[str, Tensor]], T],
+    model: PyroFunction,
+    guide: PyroFunction | None,
+    args: Any,
+    kwargs: Any,
+    num_particles: int,
+    latents: Mapping[str, Tensor],
+) -> T | list[T]:
     if getattr(owner_of(model), "vectorize", True):
         dim = -1 - plate_nesting(model, guide, args, kwargs)
         with pyro.plate(PARTICLE_PLATE, num_particles, dim=dim):

@@ -19,10 +19,12 @@ from torch.distributions import kl_divergence
 from pyro_vae.numerics import forked_rng
 from pyro_vae.programs.program import Program, PyroFunction
 from pyro_vae.programs.sites import (
+    DATA_PLATE,
     Given,
     base_name_of,
     data_frame_of,
     each_particle,
+    frame_of,
     is_delta,
     observed_and_latent,
     own_scale,
@@ -62,6 +64,8 @@ class LogWeights:
             variable and maps it to the latent by a Delta, whose density is the map's log Jacobian only.
         analytic_kl: KL(q(z | x) || p(z)) of the sites where it was taken in closed form, absent from the two above.
         scale: N / M, the number of data over the size of the minibatch.
+        entangled: sites in the data plate whose guide density is part of an auxiliary site's outside it, as an
+            AutoGuide of all latents draws them: their log weights are the data set's, and not a datum's.
     """
 
     latents: dict[str, Tensor]
@@ -70,6 +74,7 @@ class LogWeights:
     log_guide: dict[str, Tensor]
     analytic_kl: dict[str, Tensor] = field(default_factory=dict)
     scale: float = 1.0
+    entangled: tuple[str, ...] = ()
 
     @property
     def kl(self) -> dict[str, Tensor]:
@@ -121,6 +126,7 @@ def log_weights(
     reparameterized: bool = False,
     fixed: bool = False,
     latents: Mapping[str, Tensor] | None = None,
+    per_datum: bool = False,
 ) -> LogWeights:
     """Draw K particles per datum from the guide and give every log density of them.
 
@@ -137,6 +143,9 @@ def log_weights(
         reparameterized: insist that gradients flow through every draw.
         fixed: hold the draws fixed: gradients are those of the densities at them, and none flows through a draw.
         latents: take these values, (K, M, *event) by site, instead of drawing; gradients flow to them.
+        per_datum: whether global latents may be drawn anew for each datum where the program does so
+            (``pyro_vae.bayesian(..., local_reparameterization=True)``), as sums over data of log densities allow. False
+            draws them once for all data, as weights need it.
 
     Returns:
         The draws and their log densities, with gradients.
@@ -149,7 +158,7 @@ def log_weights(
     if not isinstance(args, (tuple, list)):
         raise ValueError(f"args: expected a tuple of arguments such as (x,), got {type(args).__name__}")
     run = functools.partial(_run, model, guide, args, kwargs, analytic_kl, reparameterized, fixed)
-    return _stack(each_particle(run, model, guide, args, kwargs, num_particles, latents or {}))
+    return _stack(each_particle(run, model, guide, args, kwargs, num_particles, latents or {}, per_datum=per_datum))
 
 
 def log_guide(
@@ -239,7 +248,14 @@ def _run(
         log_guide={name: site_log_prob(site) for name, site in (drawn | auxiliary).items() if name not in analytic},
         analytic_kl=analytic,
         scale=scale_of(data),
+        entangled=_entangled(drawn, auxiliary),
     )
+
+
+def _entangled(drawn: Mapping[str, Any], auxiliary: Mapping[str, Any]) -> tuple[str, ...]:
+    if all(frame_of(site, DATA_PLATE) is not None for site in auxiliary.values()):
+        return ()
+    return tuple(n for n, s in drawn.items() if frame_of(s, DATA_PLATE) is not None and is_delta(s["fn"]))
 
 
 def run_guide(
@@ -261,7 +277,7 @@ def _stack(draws: LogWeights | Sequence[LogWeights]) -> LogWeights:
         return draws
     names = ("latents", "log_likelihood", "log_prior", "log_guide", "analytic_kl")
     stacked = {name: stack_terms([getattr(draw, name) for draw in draws]) for name in names}
-    return LogWeights(**stacked, scale=draws[0].scale)
+    return LogWeights(**stacked, scale=draws[0].scale, entangled=draws[0].entangled)
 
 
 @torch.no_grad()
@@ -271,6 +287,7 @@ def draw_prior(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
     num_particles: int = 1,
+    given: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Draw K particles per datum from the model's prior: z ~ p(z), whatever is observed.
 
@@ -280,6 +297,7 @@ def draw_prior(
         args: positional arguments: a minibatch of M data.
         kwargs: keyword arguments.
         num_particles: K, at least 1.
+        given: values by site that are taken, and not drawn: those of the others are drawn given them.
 
     Returns:
         Latents by site, (K, M, *event), without gradients.
@@ -289,8 +307,8 @@ def draw_prior(
     """
     kwargs = kwargs or {}
 
-    def run(_: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        trace = prune_subsample_sites(poutine.trace(model).get_trace(*args, **kwargs))
+    def run(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        trace = prune_subsample_sites(poutine.trace(Given(given)(model)).get_trace(*args, **kwargs))
         _, latent = observed_and_latent(trace.nodes)
         for name, site in latent.items():
             scale = own_scale(site)
@@ -302,7 +320,7 @@ def draw_prior(
                 )
         return {name: site["value"] for name, site in latent.items()}
 
-    return stack_terms(each_particle(run, model, guide, args, kwargs, num_particles, {}))
+    return stack_terms(each_particle(run, model, guide, args, kwargs, num_particles, given or {}))
 
 
 @torch.no_grad()

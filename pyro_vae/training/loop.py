@@ -60,7 +60,10 @@ class Run:
         history: a row per evaluation: "samples" (training samples seen), "seconds" (of training alone),
             "train_bound", "train_bound_se", "test_bound", "test_bound_se" (nats per datum; None without such data), and
             "valid_bound", "valid_bound_se" if validation data were asked for. Monte Carlo EM has no bound: these are
-            None, and "train_log_joint" is the mean log p(x, z) over the samples since the row before.
+            None, and "train_log_joint" is the mean log p(x, z) over the samples since the row before. With global
+            latents, "train_bound" has its share of their terms, a "dataset_bound" bounds the log evidence of all N
+            training data together (nats: N times the mean), and bounds of held-out data are predictive: see
+            :func:`pyro_vae.evaluate_bound`.
         samples: training samples seen.
         stopped_early: whether ``patience`` ended the run. Wherever ``patience`` was set, the parameters are those of
             the best validation bound, and not of the last row.
@@ -148,10 +151,12 @@ def fit(
 
     Args:
         program: an object with ``.model`` and ``.guide``, trained in place: a model of this package, or
-            ``Program(model, guide)`` of your own functions.
+            ``Program(model, guide)`` of your own functions. With latents outside the data plate, the plate states the
+            number of data; an attribute ``num_data`` of the object that is None is set to it.
         data: a tensor (N, ...); a tuple (by position) or dict (by name) of tensors with an equal first dimension, which
             is one data set; a result of :func:`pyro_vae.load_dataset`, whose test split is then evaluated; or an
-            iterable of batches (a DataLoader), which can be iterated over again. Arrays mapped from files
+            iterable of batches (a DataLoader), which can be iterated over again. Matrices of scipy.sparse serve as
+            tensors, of which a minibatch's rows alone are made dense. Arrays mapped from files
             (``numpy.load(path, mmap_mode="r")``) may be larger than memory: they are read in blocks and by minibatch,
             never copied as a whole and never written to.
         objective: what to maximise: an objective of this package (None: ``SGVB()``) or any ELBO of Pyro's.
@@ -181,6 +186,7 @@ def fit(
         evaluation_size: evaluate on at most so many data of each split (the first ones).
         checkpoint_every: samples between checkpoints (None: at each evaluation); at least once a minute in any case.
         prior_scale: s of a prior N(0, s^2) on every parameter (maximum a posteriori; the paper's is 1). None: none.
+            (A posterior over weights is the model's: ``pyro_vae.VAE(bayesian=True)``, :func:`pyro_vae.bayesian`.)
         kl_warmup: raise the weight of the KL term linearly from 0 to 1 over so many samples.
         max_grad_norm: clip the gradient of the mean loss, in nats per datum, to this Euclidean norm.
         patience: stop after so many evaluations without a better validation bound, and return to the best parameters.
@@ -236,8 +242,12 @@ def fit(
         move_to(bridged, device)
     with team.one_warning(), seeded(settings.seed):
         learner = SGVB() if objective is None else objective
-        trainer = _Trainer(bridged, learner, evaluate_with, optimizer, settings, team)
-        trainer.open(data, test, valid, compile)
+        trainer = _Trainer(bridged, learner, evaluate_with, optimizer, settings, team, told=program)
+        try:
+            trainer.open(data, test, valid, compile)
+        except BaseException:
+            trainer.untell()
+            raise
     with team.one_warning(), seeded(team.seed(settings.seed)), contextlib.ExitStack() as stack:
         if kl_warmup is not None:  # the objective may serve again
             stack.callback(trainer.objective.kl_weight.copy_, trainer.objective.kl_weight.clone())
@@ -261,6 +271,16 @@ def fit(
         position.best_bound,
         trainer.step.path,
     )
+
+
+def _number_of(inputs: Inputs) -> int | None:
+    """How many data there are; None if their iterable does not say."""
+    if isinstance(inputs.data, TensorData):
+        return len(inputs.data)
+    try:
+        return len(inputs.data.batches.dataset)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):
+        return None
 
 
 def _parameters_of(module: torch.nn.Module) -> set[int]:
@@ -325,7 +345,9 @@ class _Trainer:
         optimizer: OptimizerLike,
         settings: Settings,
         ranks: Ranks,
+        told: Any,
     ) -> None:
+        self.told, self._is_told = told, False
         self.program, self.objective, self.settings, self.ranks = program, objective, settings, ranks
         self._make_optimizer = optimizer
         self.position = _Position()
@@ -363,7 +385,8 @@ class _Trainer:
         s = self.settings
         if isinstance(self.objective, Objective):
             self.objective.reset()  # it may have served before
-        self.train_inputs = self._checked_on_fewer(self._inputs(data, "train"))
+        self.train_inputs = self._checked_on_fewer(self._stated(self._inputs(data, "train")))
+        self._require_stated_size()
         self.test_inputs = self._held_out(data, test, "test")
         self.valid_inputs = self._held_out(data, valid, "valid") if s.patience or valid is not None else None
         self.every = self._default_rhythm() if s.evaluate_every is None else s.evaluate_every
@@ -380,6 +403,11 @@ class _Trainer:
         self.optimizer: Optimizer = make_optimizer(self._make_optimizer, list(self.trained.values()), s.learning_rate)
         buffers = self.program.named_buffers().values()
         self.exchange = Exchange(self.ranks, list(self.trained.values()), buffers) if self.ranks.size > 1 else None
+        if s.prior_scale is not None and (shared := self.train_inputs.check.global_latents):
+            raise ValueError(
+                f"prior_scale: expected parameters without a posterior, got latents {list(shared)}, which have priors "
+                "of their own; it would be on their posterior's parameters"
+            )
         prior_precision = 0.0 if s.prior_scale is None else 1 / (s.prior_scale**2 * self._num_data())
         parts = (self.program, self.objective, self.optimizer, self.trained)
         options: dict[str, Any] = {
@@ -418,6 +446,32 @@ class _Trainer:
         part = [tensor[few] for tensor in args], {name: tensor[few] for name, tensor in kwargs.items()}
         return replace(inputs, check=check_program(self.program, *part))
 
+    def _stated(self, inputs: Inputs) -> Inputs:
+        """Tell a program that wants to know how many data there are; it is looked at anew then."""
+        unknown = bool(inputs.check.global_sites) and getattr(self.told, "num_data", 0) is None
+        if not unknown or (count := _number_of(inputs)) is None:
+            return inputs
+        self.told.num_data, self._is_told = count, True
+        return replace(inputs, check=check_program(self.program, *inputs.first()))
+
+    def untell(self) -> None:
+        """Forget the number of data, of a run that did not begin."""
+        if self._is_told:
+            self.told.num_data = None
+
+    def _require_stated_size(self) -> None:
+        """With global latents, the loss of a minibatch is that of all data, whose number the data plate must state."""
+        check, count = self.train_inputs.check, _number_of(self.train_inputs)
+        if not check.global_sites or check.full_size == count or (count is None and check.full_size > check.batch_size):
+            return
+        size = "N" if count is None else count
+        raise ValueError(
+            f"sites {list(check.global_sites)} are outside the data plate, so that a minibatch's loss stands for the "
+            f'whole data set: expected the plate "data" to state its {size} data, as by '
+            f'pyro.plate("data", {size}, subsample=torch.arange(len(x))) or, in a model of this package, by '
+            f"num_data={size}; it states {check.full_size}"
+        )
+
     def _guide_parameters(self) -> dict[str, Tensor]:
         args, kwargs = self.train_inputs.first()
         theta = model_parameters(self.program, self.parameters, args, kwargs)
@@ -436,13 +490,10 @@ class _Trainer:
         return self._inputs(data, split) if isinstance(data, Dataset) else None
 
     def _num_data(self) -> int:
-        data = self.train_inputs.data
-        if isinstance(data, TensorData):
-            return len(data)
-        try:
-            return len(data.batches.dataset)  # type: ignore[attr-defined]
-        except (AttributeError, TypeError) as error:
-            raise ValueError("prior_scale: the number of data must be known; this iterable does not say it") from error
+        count = _number_of(self.train_inputs)
+        if count is None:
+            raise ValueError("prior_scale: the number of data must be known; this iterable does not say it")
+        return count
 
     def attach(self, directory: RunDirectory, resume: bool, program: Any, data: Any) -> None:
         """Start a new run directory, or go on from the checkpoint in it."""
@@ -650,6 +701,8 @@ class _Trainer:
         row: dict[str, Any] = {"samples": position.samples, "seconds": position.seconds}
         if not self.has_bound:
             row["train_log_joint"] = position.log_joint if position.since_row else None
+        if train is not None and self.train_inputs.check.global_sites:
+            row["dataset_bound"] = train.mean * self._num_data()
         row |= _columns("train", train) | _columns("test", test)
         if self.valid_inputs is not None:
             row |= _columns("valid", self._bound(self.valid_inputs))
@@ -660,7 +713,8 @@ class _Trainer:
             return None
         s = self.settings
         num_data = s.evaluation_size if isinstance(inputs.data, TensorData) else None
-        return evaluate_bound(self.program, inputs, self.evaluated, num_data=num_data, seed=s.seed)
+        held_out = inputs is not self.train_inputs
+        return evaluate_bound(self.program, inputs, self.evaluated, num_data=num_data, predictive=held_out, seed=s.seed)
 
     def _note_best(self, bound: float) -> None:
         position, bound = self.position, -math.inf if math.isnan(bound) else bound

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data import Dataset, TensorData
-from pyro_vae.data.batches import blocks
+from pyro_vae.data.batches import as_column, stored_blocks
 from pyro_vae.inputs import Inputs
 from pyro_vae.training.checkpoint import CheckpointError
 
@@ -38,12 +38,12 @@ def describe_data(data: Any, inputs: Inputs) -> dict[str, Any]:
     return {**named, "num_data": len(inputs.data), "checksum": checksum(inputs.data.columns.values())}
 
 
-def checksum(columns: Iterable[Tensor]) -> int:
-    """CRC-32 of the shapes, types and bytes of tensors."""
+def checksum(columns: Iterable[Any]) -> int:
+    """CRC-32 of the shapes, types and bytes of columns: tensors, or sparse rows as they are stored."""
     value = 0
-    for column in columns:
+    for column in (as_column("x", given) for given in columns):
         value = crc32(f"{column.dtype} {tuple(column.shape)}".encode(), value)
-        for block in blocks(column.detach()):
+        for block in stored_blocks(column.detach() if isinstance(column, Tensor) else column):
             value = crc32(block.cpu().contiguous().view(torch.uint8).numpy().data, value)
     return value
 

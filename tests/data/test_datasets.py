@@ -3,6 +3,7 @@
 import functools
 import gzip
 import hashlib
+import itertools
 import os
 import shutil
 import socket
@@ -19,6 +20,7 @@ import torch
 import torchvision
 from PIL import Image
 from scipy.io import savemat
+from scipy.sparse import csr_array
 from sklearn.datasets import load_digits
 
 from pyro_vae.data import datasets
@@ -26,6 +28,8 @@ from pyro_vae.data.datasets import DATASETS, Dataset, data_root, is_available, l
 
 SHARED = Path(os.environ.get("PYRO_VAE_DATA") or Path(__file__).parents[3] / "shared" / "data")
 SPLITS = ("train", "valid", "test")
+WORDS = ["20newsgroups"]
+IMAGES = [name for name in DATASETS if name not in WORDS]
 DOWNLOADED = [name for name, info in DATASETS.items() if info.files]
 
 
@@ -60,10 +64,36 @@ def listing(folder: Path) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_set_is_as_registered(name: str) -> None:
+def test_set_is_described(name: str) -> None:
     data, info = load(name), DATASETS[name]
     assert data.name == info.name == name
     assert data.binarize == info.binarize
+    assert info.split.endswith(".")
+    assert info.citation
+    assert name in repr(data)
+    assert str(tuple(data.test.shape)) in repr(data)
+    assert "\n" not in repr(data)
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_words_are_as_registered(name: str) -> None:
+    data, info = load(name), DATASETS[name]
+    assert data.train_labels is data.label_names is None
+    assert len(data.vocab) == info.shape[0]
+    for split, size in zip(SPLITS, info.sizes, strict=True):
+        counts = getattr(data, split)
+        assert isinstance(counts, csr_array)
+        assert counts.dtype == np.int32
+        assert counts.shape == (size, *info.shape)
+        assert counts.has_canonical_format
+        assert counts.data.min() == 1
+        assert counts.sum(1).min() >= 1
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_are_as_registered(name: str) -> None:
+    data, info = load(name), DATASETS[name]
+    assert data.vocab is None
     for split, size in zip(SPLITS, info.sizes, strict=True):
         images, labels = getattr(data, split), getattr(data, f"{split}_labels")
         assert images.dtype == torch.uint8
@@ -77,16 +107,11 @@ def test_set_is_as_registered(name: str) -> None:
             assert labels.shape == (size,)
             assert labels.min() >= 0
             assert labels.max() < len(data.label_names)
-    assert info.split.endswith(".")
-    assert info.citation
-    assert name in repr(data)
-    assert str(tuple(data.test.shape)) in repr(data)
-    assert "\n" not in repr(data)
 
 
 def test_labels_are_given_where_there_are_any() -> None:
     unlabelled = {name for name in DATASETS if load(name).train_labels is None}
-    assert unlabelled == {"binarized-mnist", "frey-face"}
+    assert unlabelled == {"binarized-mnist", "frey-face", "20newsgroups"}
 
 
 def test_digits() -> None:
@@ -156,6 +181,25 @@ def test_caltech_is_black_on_white_and_upright() -> None:
     assert data.train[:, 0, 0].float().mean() > 0.9 * 255  # corners are background
     planes = data.train[data.train_labels == data.label_names.index("Airplanes Side 2")] == 0
     assert planes.any(1).sum(1).float().mean() > planes.any(2).sum(1).float().mean()  # wider than high
+
+
+def test_newsgroups_is_as_it_was_distributed() -> None:
+    """Train and valid are the training documents, each once; the counts are those that were stored."""
+    data, stored = load("20newsgroups"), np.load(SHARED / "news20_prodlda.npz")
+    dense = {}
+    for split in ("train", "test"):
+        starts = stored[f"{split}_indptr"]
+        dense[split] = np.zeros((len(starts) - 1, 1995), np.int32)
+        rows = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+        dense[split][rows, stored[f"{split}_indices"]] = stored[f"{split}_counts"]
+    order = np.random.default_rng(0).permutation(11_258)
+    assert (data.train.toarray() == dense["train"][order[:10_258]]).all()
+    assert (data.valid.toarray() == dense["train"][order[10_258:]]).all()
+    assert (data.test.toarray() == dense["test"]).all()
+    assert [data.train.sum() + data.valid.sum(), data.test.sum()] == [991_493, 629_312]
+    assert data.vocab[:4] == ("_eos_", "write", "one", "use")
+    assert data.train[:, [0]].sum() == 0  # no document ends
+    assert data.train[:, [data.vocab.index("god")]].sum() > 1000
 
 
 @pytest.mark.parametrize("name", ["digits", "frey-face", "caltech101-silhouettes", "omniglot"])
@@ -404,6 +448,61 @@ def test_omniglot_is_converted(server: Server, root: Path, monkeypatch: pytest.M
     fine = bitmaps[:, 15:].repeat(4, axis=-2).repeat(4, axis=-1).reshape(15, 28, 15, 28, 15)
     expected = np.rint(255 * fine.mean((2, 4)))
     assert (found.test.numpy() == expected).all()
+
+
+def feat(counts: csr_array, seed: int = 0) -> str:
+    """Documents in the format of the original: a label, then the words, numbered from 1, in any order."""
+    rng = np.random.default_rng(seed)
+    lines = []
+    for start, stop in itertools.pairwise(counts.indptr):
+        order = start + rng.permutation(stop - start)
+        lines.append(" ".join(["1", *(f"{counts.indices[i] + 1}:{counts.data[i]}" for i in order)]))
+    return "\n".join([*lines, "1", ""])  # the originals end in a line without words
+
+
+def test_newsgroups_is_downloaded_and_converted(server: Server, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stored arrays written in the original's format, of which only the beginning was seen, are themselves again:
+    the converted arrays have the registered checksums."""
+    stored = np.load(shared("news20_prodlda.npz"))
+    for split in ("train", "test"):
+        parts = (stored[f"{split}_{part}"] for part in ("counts", "indices", "indptr"))
+        (server.folder / f"{split}.feat").write_text(feat(csr_array(tuple(parts))))
+    (server.folder / "vocab.new").write_text("".join(f"{word} 0 \n" for word in stored["vocab"]))
+    server.offer(monkeypatch, "20newsgroups")
+    data, expected = load_dataset("20newsgroups", root), load("20newsgroups")
+    assert [f.name for f in root.iterdir()] == ["news20_prodlda.npz"]
+    assert data.vocab == expected.vocab
+    for split in SPLITS:
+        assert (getattr(data, split) != getattr(expected, split)).nnz == 0
+    count = len(server.requests)
+    load_dataset("20newsgroups", root)
+    assert len(server.requests) == count
+
+
+def test_words_are_counted_from_one_in_any_order(tmp_path: Path) -> None:
+    """Three lines as the original begins, which are two documents."""
+    (tmp_path / "train.feat").write_text("1 3:2 1:4\n1\n1 2:1\n")
+    (tmp_path / "test.feat").write_text("1 1:7\n")
+    (tmp_path / "vocab.new").write_text("_eos_ 0 \nwrite 0 \none 0 \n")
+    arrays = datasets._convert_20newsgroups(*(tmp_path / f for f in ("train.feat", "test.feat", "vocab.new")))
+    assert {name: array.tolist() for name, array in arrays.items()} == {
+        "vocab": ["_eos_", "write", "one"],
+        "train_indptr": [0, 2, 3],
+        "train_indices": [0, 2, 1],
+        "train_counts": [4, 2, 1],
+        "test_indptr": [0, 1],
+        "test_indices": [0],
+        "test_counts": [7],
+    }
+
+
+def test_newsgroups_with_other_counts_is_refused(tmp_path: Path) -> None:
+    arrays = dict(np.load(shared("news20_prodlda.npz")))
+    arrays["train_counts"] = arrays["train_counts"].copy()
+    arrays["train_counts"][0] += 1
+    np.savez(tmp_path / "news20_prodlda.npz", **arrays)
+    with pytest.raises(ValueError, match=r"expected `train_counts` with sha256 537d.*Delete"):
+        load_dataset("20newsgroups", tmp_path)
 
 
 def test_original_placed_by_hand_needs_no_server(root: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

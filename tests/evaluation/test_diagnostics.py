@@ -552,10 +552,34 @@ def test_nothing_moves_and_the_seed_decides(diagnosis):
     assert all(parameter.grad is None for parameter in vae.parameters())
 
 
-@pytest.mark.parametrize("diagnosis", sorted(DIAGNOSES.keys() - {"gradient_snr"}))
+@pytest.mark.parametrize("diagnosis", sorted(DIAGNOSES.keys() - {"gradient_snr", "active_units", "kl_per_dimension"}))
 def test_global_latents_are_refused_by_name(diagnosis):
     with pytest.raises(ValueError, match=r"inside the data plate; sites outside it: \['mu'\]"):
         DIAGNOSES[diagnosis](oracles.SharedMean(5), torch.randn(5))
+
+
+def test_dimensions_that_a_bayesian_decoder_ignores_are_inactive():
+    vae, x = pv.VAE((6,), 2, (4,), bayesian="decoder", num_data=30), torch.rand(30, 6)
+    with torch.no_grad():
+        last = vae.encoder.layers[-1]
+        last.weight[0] = 3.0
+        last.weight[[1, 3]] = 0.0
+        last.bias[[1, 3]] = 0.0  # q(z_2 | x) = p(z_2)
+    assert active_units(vae, x).active["z"].tolist() == [True, False]
+    kl = kl_per_dimension(vae, x)
+    assert kl.keys() == {"z"}
+    assert kl["z"][1].abs() < 1e-12 < kl["z"][0]
+
+
+def test_inputs_that_the_posterior_switched_off_carry_no_information():
+    net = pv.bayesian(torch.nn.Linear(3, 2), prior_scale=0.7, posterior_scale=0.7)
+    with torch.no_grad():
+        net.module.weight[:, 1] = 0.0
+    found = net.input_kl()
+    assert found[1].abs() < 1e-12
+    torch.testing.assert_close(found, net.module.weight.square().sum(0) / (2 * 0.7**2))
+    with pytest.raises(ValueError, match="begins with a linear layer"):
+        pv.bayesian(torch.nn.Conv2d(1, 1, 3)).input_kl()
 
 
 def test_a_variance_needs_two_data_and_two_particles():
