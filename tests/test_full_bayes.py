@@ -822,10 +822,19 @@ def test_objectives_that_refuse_say_what_holds(objective):
         pv.fit(small_vae(), binary(), objective=OBJECTIVES[objective](), epochs=1, progress=False)
 
 
-@pytest.mark.parametrize("method", ["ais", "posterior-density"])
-def test_methods_that_move_latents_of_a_datum_refuse_by_name(method):
+def test_a_method_that_cannot_hold_what_is_shared_refuses_by_name():
     with pytest.raises(ValueError, match=r"site 'decoder\.0\.weight' is outside the data plate"):
-        pv.log_marginal(small_vae(num_data=40), binary(), method=method)
+        pv.log_marginal(small_vae(num_data=40), binary(), method="posterior-density")
+
+
+def test_annealing_and_importance_sampling_agree_on_what_is_predicted():
+    vae, x = small_vae(num_data=40), binary()[:5]
+    scores = [
+        pv.log_marginal(vae, x, num_particles=20_000, defensive=0.3),
+        pv.log_marginal(vae, x, method="ais", num_particles=3000, num_steps=8, initial="prior"),
+    ]
+    error = sum(score.mc_error**2 for score in scores) ** 0.5
+    assert abs(scores[0].mean - scores[1].mean) < 5 * error < 0.25
 
 
 def unstated(x, y):

@@ -12,6 +12,9 @@ which is exact as the steps or the chains grow without limit; and for any schedu
 is the posterior. E[w] = p(x) holds for any transition kernels, *as long as they do not depend on the chains they
 move*: step sizes are found in a pilot run with chains of its own, for each datum, step and dimension, and frozen.
 
+Of latents theta that data share each chain is given a draw from the guide, which it keeps. So E[w] =
+E_q(theta)[p(x | theta)], what the guide, as a posterior, predicts of each datum by itself.
+
 Run backwards, with the same kernels, from an exact draw of the posterior, 1 / w is an unbiased estimate of 1 / p(x),
 and -log 1/K sum_k 1/w_k an upper bound on average. There is such a draw for data simulated from the model: z of the
 joint draw (z, x). Bidirectional Monte Carlo (Grosse, Ghahramani & Adams, arXiv:1511.02543) so holds the true value
@@ -59,7 +62,7 @@ class AIS:
         num_pilot: chains per datum of the pilot run, at least 2.
 
     Raises:
-        ValueError: an argument is out of its range; or, when used: a latent is discrete or outside the data plate
+        ValueError: an argument is out of its range; or, when used: a latent is discrete, or all lie outside the plate
             (names the site), or the guide's density at given latents is not known (``initial="prior"`` needs none).
     """
 
@@ -90,16 +93,16 @@ class AIS:
         """Evaluate the two ends of the path once.
 
         Raises:
-            ValueError: latents are discrete or shared by data, or the guide has no density to begin at.
+            ValueError: latents are discrete, or the guide has no density to begin at.
         """
-        path, draw = self._start(LatentSpace(program.model, guide_of(program), args, kwargs))
+        path, draw = self._start(LatentSpace(program.model, guide_of(program), args, kwargs, hold_shared=True))
         path(draw(1))
 
     def __call__(
         self, program: Program, args: Any, kwargs: Any, rows_at_once: int, recorder: Recorder = UNRECORDED
     ) -> Estimate:
         """Estimate log p(x) of a minibatch."""
-        space = LatentSpace(program.model, guide_of(program), args, kwargs)
+        space = LatentSpace(program.model, guide_of(program), args, kwargs, hold_shared=True)
         return self.estimate(
             space, chunk_sizes(self.num_particles, batch_size_of(args, kwargs), rows_at_once), recorder
         )
@@ -113,7 +116,8 @@ class AIS:
         _warn_of_collapse(acceptance)
         _warn_of_uneven_weights(summary)
         diagnostics = {"ess": summary.ess, "acceptance": acceptance.double()}
-        return Estimate(summary.log_mean, summary.log_mean_variance, diagnostics)
+        joint = summary.sum_variance if space.holds_shared else None
+        return Estimate(summary.log_mean, summary.log_mean_variance, diagnostics, joint)
 
     def prepare(self, space: LatentSpace, recorder: Recorder = UNRECORDED) -> Annealing:
         """The laws between start and posterior, with step sizes from a pilot run."""

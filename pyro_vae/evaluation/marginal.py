@@ -76,7 +76,7 @@ def log_marginal(
     """Estimate log p(x) of each datum, in nats, or log p(X) of a whole data set whose data share latents.
 
     With latents theta outside the data plate, ``of="datum"`` estimates log E_q(theta)[p(x | theta)] of each datum by
-    itself, the log density that the guide of theta, as a posterior, predicts ("importance" alone does so), and
+    itself, the log density that the guide of theta, as a posterior, predicts ("importance" and "ais"), and
     ``of="dataset"`` one value, the log evidence log p(X) = log E_p(theta)[prod_m p(x_m | theta)] of the data given.
 
     Under torchrun each process takes a part of the data, and all of them return the same; all of them must call it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from pyro_vae.programs.dimensions import innermost
 from pyro_vae.programs.program import PyroFunction, owner_of
 from pyro_vae.programs.sites import (
     DATA_PLATE,
+    Given,
     T,
     base_name_of,
     data_frame_of,
@@ -80,6 +82,8 @@ class LatentSpace:
         args: positional arguments: a minibatch of M data.
         kwargs: keyword arguments.
         whole: one vector for all: latents may lie outside the data plate. M is 1 in the shapes below.
+        hold_shared: latents outside the data plate are drawn from the guide, one for each particle, when points are
+            drawn, and are held from then on: densities are those of the data's own latents given them.
 
     Attributes:
         dim: J.
@@ -106,6 +110,7 @@ class LatentSpace:
         kwargs: Mapping[str, Any] | None = None,
         *,
         whole: bool = False,
+        hold_shared: bool = False,
     ) -> None:
         self.whole = whole
         self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs or {}
@@ -115,6 +120,11 @@ class LatentSpace:
             raise ValueError("expected a model with latent sites, got one that only observes")
         self._vectorized = getattr(owner_of(model), "vectorize", True)
         nesting = plate_nesting(model, guide, args, self._kwargs) if self._vectorized else 0
+        held = {name for name, site in latent.items() if hold_shared and frame_of(site, DATA_PLATE) is None}
+        self._held: dict[str, Tensor] = dict.fromkeys(held, torch.zeros(0))  # values, once points are drawn
+        latent = {name: site for name, site in latent.items() if name not in held}
+        if not latent:
+            raise ValueError(f"expected latents that belong to a datum each, got {sorted(held)}, which data share")
         self._layouts = {name: _layout(name, site, nesting, whole) for name, site in latent.items()}
         self.sites, self.dim = list(latent), sum(layout.size for layout in self._layouts.values())
         self.scale = scale_of(data_frame_of(model_sites))
@@ -122,8 +132,13 @@ class LatentSpace:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The minibatch's tensors: positional arguments, then the others."""
-        return [*self._args, *self._kwargs.values()]
+        """The minibatch's tensors: positional arguments, then the others, then the shared latents that are held."""
+        return [*self._args, *self._kwargs.values(), *self._held.values()]
+
+    @property
+    def holds_shared(self) -> bool:
+        """Whether there are shared latents that are held."""
+        return bool(self._held)
 
     def at(self, *tensors: Tensor) -> LatentSpace:
         """The same space for another minibatch of the same shapes.
@@ -131,8 +146,10 @@ class LatentSpace:
         Args:
             *tensors: in the places of :attr:`tensors`.
         """
-        other, count = copy.copy(self), len(self._args)
-        other._args, other._kwargs = tensors[:count], dict(zip(self._kwargs, tensors[count:], strict=True))
+        other, rest = copy.copy(self), iter(tensors)
+        other._args = tuple(itertools.islice(rest, len(self._args)))
+        other._kwargs = dict(zip(self._kwargs, itertools.islice(rest, len(self._kwargs)), strict=True))
+        other._held = dict(zip(self._held, rest, strict=True))
         return other
 
     def log_density(self, u: Tensor) -> Tensor:
@@ -153,7 +170,10 @@ class LatentSpace:
 
     def draw_prior(self, num_particles: int) -> Tensor:
         """K draws of the prior, (K, M, J)."""
-        return self.from_latents(draw_prior(self._model, self._guide, self._args, self._kwargs, num_particles))
+        if self._held:
+            self._hold(self._draw_guide(num_particles))
+        draws = draw_prior(self._model, self._guide, self._args, self._kwargs, num_particles, self._held)
+        return self.from_latents(draws)
 
     @torch.no_grad()
     def draw_guide(self, num_particles: int) -> Tensor:
@@ -162,12 +182,19 @@ class LatentSpace:
         Raises:
             ValueError: there is no guide.
         """
-        guide = self._required_guide()
-        return self.from_latents(draw_guide(self._model, guide, self._args, self._kwargs, num_particles))
+        drawn = self._draw_guide(num_particles)
+        self._hold(drawn)
+        return self.from_latents(drawn)
+
+    def _draw_guide(self, num_particles: int) -> dict[str, Tensor]:
+        return draw_guide(self._model, self._required_guide(), self._args, self._kwargs, num_particles)
+
+    def _hold(self, drawn: Mapping[str, Tensor]) -> None:
+        self._held = {name: drawn[name] for name in self._held}
 
     def log_guide(self, density: Density) -> Tensor:
         """Log density of the guide at the point that a density was taken at, as one of u: (K, M)."""
-        latents = {name: density.latents[name] for name in self.sites}
+        latents = {name: density.latents[name] for name in self.sites} | self._held
         terms = log_guide(self._model, self._required_guide(), self._args, self._kwargs, latents)
         return self._sum_of_stacked(terms) + density.log_det
 
@@ -185,28 +212,37 @@ class LatentSpace:
     def from_latents(self, latents: Mapping[str, Tensor]) -> Tensor:
         """The vectors (K, M, J) of latents by site, (K, M, *event)."""
 
-        def run(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            with _ToReal(given) as mapped:
+        def run(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            own, held = self._parted(values)
+            with Given(held), _ToReal(own) as mapped:
                 self._model(*self._args, **self._kwargs)
             return dict(mapped.real)
 
-        real = stack_terms(self._each_particle(run, {name: latents[name] for name in self.sites}))
+        own = {name: latents[name] for name in self.sites}
+        real = stack_terms(self._each_particle(run, own | self._held))
         return torch.cat([layout.flatten(real[name]) for name, layout in self._layouts.items()], -1)
 
     def density(self, u: Tensor) -> Density:
         """Log densities of the model at vectors u (K, M, J), with gradients to u and to theta."""
         parts = u.split([layout.size for layout in self._layouts.values()], -1)
         real = {name: layout.unflatten(part) for (name, layout), part in zip(self._layouts.items(), parts, strict=True)}
-        runs = self._each_particle(self._density, real)
+        runs = self._each_particle(self._density, real | self._held)
         if isinstance(runs, Density):
             return runs
         terms = (torch.stack([getattr(r, n) for r in runs]) for n in ("log_likelihood", "log_prior", "log_det"))
         return Density(stack_terms([run.latents for run in runs]), *terms)
 
-    def _density(self, real: Mapping[str, Tensor]) -> Density:
-        with _FromReal(real) as maps:
+    def _parted(self, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The data's own latents, and the shared ones that are held."""
+        own = {name: value for name, value in values.items() if name not in self._held}
+        return own, {name: values[name] for name in self._held}
+
+    def _density(self, values: Mapping[str, Tensor]) -> Density:
+        real, held = self._parted(values)
+        with Given(held), _FromReal(real) as maps:
             trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
         observed, latent = observed_and_latent(prune_subsample_sites(trace).nodes)
+        latent = {name: site for name, site in latent.items() if name not in held}
         stray = [name for name, site in observed.items() if frame_of(site, DATA_PLATE) is None]
         if stray and not self.whole:
             raise ValueError(f"log p(x, z) per datum needs every site in the data plate; outside it: {stray}")

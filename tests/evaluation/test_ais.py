@@ -357,12 +357,9 @@ def test_without_a_guide_only_the_prior_will_do():
     assert score(p, x, num_steps=3, initial="prior").values.isfinite().all()
 
 
-def test_discrete_and_global_latents_are_refused_by_name():
+def test_discrete_latents_are_refused_by_name():
     with pytest.raises(ValueError, match="site 'z_1' is drawn from Bernoulli"):
         score(pv.SigmoidBeliefNetwork((4,), (2,)), torch.ones(3, 4))
-    toy = oracles.SharedMean(4)
-    with pytest.raises(ValueError, match="site 'mu' is outside the data plate"):
-        score(pv.Program(toy.model, toy.guide), torch.randn(4))
 
 
 def test_a_collapse_is_told_with_its_figure(monkeypatch):
