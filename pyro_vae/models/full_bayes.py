@@ -49,18 +49,44 @@ _ELEMENTS_AT_ONCE = 2**24  # weights that are drawn together, where each row has
 
 
 class BayesianModule(nn.Module):
-    """A network whose weights are latent: a prior and a factorised Gaussian posterior over each of them.
+    """A network whose weights have a prior and a factorised Gaussian posterior each (arXiv:1312.6114, App. F).
 
     Its two Pyro functions are part of a program's: ``net.model()`` draws the weights from their prior and gives the
-    network with them, ``net.guide()`` draws them from the posterior. Both belong outside the data plate. See
-    :func:`bayesian` for the arguments.
+    network with them, ``net.guide()`` draws them from the posterior. Both belong outside the data plate.
+
+    Args:
+        module: any module with parameters; those with ``requires_grad=False`` stay as they are. Its present parameters
+            become the posterior's first means.
+        prior_scale: s of the prior N(0, s^2) on every weight.
+        local_reparameterization: draw a linear layer's outputs for each datum rather than its weights for all
+            (arXiv:1506.02557): gradients of less variance, for networks whose weights are all nn.Linear's.
+        learn_prior: empirical Bayes: one s for each parameter tensor, trained by the same bound.
+        posterior_scale: the posterior's first standard deviation, of every weight.
+        event_dim: dimensions of one datum's input: 1 for a vector, 3 for an image (C, H, W).
+        name: what the sites' names begin with; two such networks in one program need two.
 
     Attributes:
         module: the network, whose parameters are the posterior means.
         log_scale: logarithms of the posterior standard deviations, by parameter ("/" in its name stands for ".").
-        log_prior_scale: logarithms of the prior standard deviations, one for each parameter tensor, in their order;
-            trained if ``learn_prior``.
-        prior_is_learned: whether it is.
+        log_prior_scale: logarithms of the prior standard deviations, one for each parameter tensor, in their order.
+
+    Raises:
+        ValueError: an argument is out of its range; the module has nothing to train, or layers that keep running
+            statistics of batches; or it cannot be locally reparameterised.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> net = pv.bayesian(nn.Linear(3, 1))
+        >>> def model(x, y):
+        ...     predict = net.model()
+        ...     with pyro.plate("data", 20, subsample=torch.arange(len(x))):
+        ...         pyro.sample("y", dist.Normal(predict(x)[..., 0], 0.1), obs=y)
+        >>> def guide(x, y):
+        ...     net.guide()
+        >>> x = torch.randn(20, 3)
+        >>> run = pv.fit(pv.Program(model, guide), (x, x.sum(1)), objective=pv.SGVB(estimator="B"), epochs=2)
+        >>> net.draw(5)(x).shape                                    # predictions at five draws of the weights
+        torch.Size([5, 20, 1])
     """
 
     log_prior_scale: Tensor
@@ -90,7 +116,6 @@ class BayesianModule(nn.Module):
             {_key(n): torch.full_like(p, math.log(posterior_scale)) for n, p in latent.items()}
         )
         log_prior_scale = next(iter(latent.values())).new_full((len(latent),), math.log(prior_scale))
-        self.prior_is_learned = learn_prior
         if learn_prior:
             self.log_prior_scale = nn.Parameter(log_prior_scale)
         else:
@@ -257,59 +282,7 @@ class BayesianModule(nn.Module):
         return mean + variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt() * torch.randn_like(mean)
 
 
-def bayesian(
-    module: nn.Module,
-    prior_scale: float = 1.0,
-    local_reparameterization: bool = False,
-    *,
-    learn_prior: bool = False,
-    posterior_scale: float = 0.01,
-    event_dim: int = 1,
-    name: str = "theta",
-) -> BayesianModule:
-    """Give every weight of a network a prior and a factorised Gaussian posterior (arXiv:1312.6114, App. F).
-
-    Args:
-        module: any module with parameters; those with ``requires_grad=False`` stay as they are. Its present parameters
-            become the posterior's first means.
-        prior_scale: s of the prior N(0, s^2) on every weight.
-        local_reparameterization: draw a linear layer's outputs for each datum rather than its weights for all
-            (arXiv:1506.02557): gradients of less variance, for networks whose weights are all nn.Linear's.
-        learn_prior: empirical Bayes: one s for each parameter tensor, trained by the same bound.
-        posterior_scale: the posterior's first standard deviation, of every weight.
-        event_dim: dimensions of one datum's input: 1 for a vector, 3 for an image (C, H, W).
-        name: what the sites' names begin with; two such networks in one program need two.
-
-    Returns:
-        The network, whose ``model`` and ``guide`` are parts of a program's.
-
-    Raises:
-        ValueError: an argument is out of its range; the module has nothing to train, or layers that keep running
-            statistics of batches; or it cannot be locally reparameterised.
-
-    Example:
-        >>> import pyro_vae as pv
-        >>> net = pv.bayesian(nn.Linear(3, 1))
-        >>> def model(x, y):
-        ...     predict = net.model()
-        ...     with pyro.plate("data", 20, subsample_size=len(x)):
-        ...         pyro.sample("y", dist.Normal(predict(x)[..., 0], 0.1), obs=y)
-        >>> def guide(x, y):
-        ...     net.guide()
-        >>> x = torch.randn(20, 3)
-        >>> run = pv.fit(pv.Program(model, guide), (x, x.sum(1)), objective=pv.SGVB(estimator="B"), epochs=2)
-        >>> net.draw(5)(x).shape                                    # predictions at five draws of the weights
-        torch.Size([5, 20, 1])
-    """
-    return BayesianModule(
-        module,
-        prior_scale,
-        local_reparameterization,
-        learn_prior=learn_prior,
-        posterior_scale=posterior_scale,
-        event_dim=event_dim,
-        name=name,
-    )
+bayesian = BayesianModule
 
 
 def _key(parameter: str) -> str:

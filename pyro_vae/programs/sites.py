@@ -99,24 +99,12 @@ def each_particle(
 ) -> T | list[T]:
     """What ``run`` gives in a plate of particles on the left of the program's own; or a list, of one particle each."""
     with _drawn_per_datum(per_datum):
-        return _each_particle(run, model, guide, args, kwargs, num_particles, latents)
-
-
-def _each_particle(
-    run: Callable[[Mapping[str, Tensor]], T],
-    model: PyroFunction,
-    guide: PyroFunction | None,
-    args: Any,
-    kwargs: Any,
-    num_particles: int,
-    latents: Mapping[str, Tensor],
-) -> T | list[T]:
-    if getattr(owner_of(model), "vectorize", True):
-        dim = -1 - plate_nesting(model, guide, args, kwargs)
-        with pyro.plate(PARTICLE_PLATE, num_particles, dim=dim):
-            return run(latents)
-    with same_minibatch():
-        return [run({name: z[k] for name, z in latents.items()}) for k in range(num_particles)]
+        if getattr(owner_of(model), "vectorize", True):
+            dim = -1 - plate_nesting(model, guide, args, kwargs)
+            with pyro.plate(PARTICLE_PLATE, num_particles, dim=dim):
+                return run(latents)
+        with same_minibatch():
+            return [run({name: z[k] for name, z in latents.items()}) for k in range(num_particles)]
 
 
 class same_minibatch(Messenger):  # type: ignore[misc]
