@@ -1,7 +1,7 @@
 """Full variational Bayes: a posterior over a network's weights beside that of the latents (arXiv:1312.6114, App. F).
 
 With weights theta that all data share, a prior p(theta) = N(0, s^2) on each of them and a factorised Gaussian
-q(theta) = N(mu, sigma^2), the bound on the evidence of the whole data set, in nats, is (eqs. (13) to (20))
+q(theta) = N(mu, sigma^2), the bound on the evidence of the whole data set, in nats, is (eqs. (13) to (21))
 
     log p(X) >= E_q(theta)[ sum_n L(x_n; theta) + log p(theta) - log q(theta) ]
              ~  N / M sum_m [ log p(x_m, z_m | theta) - log q(z_m | x_m) ]  +  log p(theta) - log q(theta)
