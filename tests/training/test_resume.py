@@ -417,7 +417,7 @@ def test_kill_at_twenty_random_moments_loses_nothing(tmp_path, single_precision_
     duration = time.monotonic() - began
     context = multiprocessing.get_context("forkserver")  # a forked child starts at once; this one has run no torch code
     context.set_forkserver_preload(["pyro_vae.training", "sklearn.datasets", "torch._dynamo"])
-    moments = random.Random(0)
+    moments, longest = random.Random(0), 0.1 * duration
     kills = advanced = 0
     for attempt in range(10):  # a run that gets through before the twentieth kill is checked, and the next one begins
         directory, finished, seen = RunDirectory(tmp_path / f"killed-{attempt}"), False, 0
@@ -427,16 +427,16 @@ def test_kill_at_twenty_random_moments_loses_nothing(tmp_path, single_precision_
             process.start()
             if kills < 20:
                 assert started.wait(120)
-                time.sleep(moments.uniform(0.0, 0.1 * duration))
+                time.sleep(moments.uniform(0.0, longest))
                 process.kill()
             process.join()
             finished = process.exitcode == 0
             kills += process.exitcode == -signal.SIGKILL
-            if directory.state_file.exists():
-                samples = directory.load().state["position"]["samples"]
-                assert samples >= seen
-                advanced += seen < samples
-                seen = samples
+            samples = directory.load().state["position"]["samples"] if directory.state_file.exists() else 0
+            assert samples >= seen
+            advanced += seen < samples
+            longest *= 0.8 if seen < samples else 1.3  # how long a process takes to begin depends on the machine
+            seen = samples
         resumed = pv.load_run(directory.path)
         assert_same(parameters(straight), parameters(resumed.program))
         assert without_seconds(resumed.history) == without_seconds(run.history)
