@@ -1015,3 +1015,25 @@ def test_an_automatic_guide_of_the_weights_beside_an_amortised_one(objective):
     assert run.history[-1]["train_bound"] > run.history[0]["train_bound"]
     score = pv.log_marginal(program, x, of="dataset", num_particles=20, num_local=2)
     assert math.isfinite(score.mean)
+
+
+class Twice(nn.Module):
+    """A layer that acts twice on a datum, or whose weights are read without it."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self.layer, self.reads = nn.Linear(2, 2), reads
+
+    def forward(self, x):
+        return x @ self.layer.weight.T if self.reads else self.layer(self.layer(x))
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_layers_that_do_not_act_once_are_refused_by_the_local_trick(reads):
+    local = pv.bayesian(Twice(reads), local_reparameterization=True)
+    with pytest.raises(ValueError, match="each linear layer of 'theta' to act once"):
+        local.guide()(torch.ones(3, 2))
+    assert pv.bayesian(Twice(reads)).guide()(torch.ones(3, 2)).shape == (3, 2)
+    shared = pv.bayesian(Twice(reads), posterior_scale=1e-12)
+    x = torch.randn(5, 2)
+    torch.testing.assert_close(shared.each(x), shared.module(x), rtol=0, atol=1e-9)

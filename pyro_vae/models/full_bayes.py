@@ -183,7 +183,7 @@ class BayesianModule(nn.Module):
     @torch.no_grad()
     def each(self, x: Tensor) -> Any:
         """The network of every datum of an input (n, *event) at a draw of the weights of its own."""
-        if self._is_linear:
+        if self.local_reparameterization:
             return self._per_datum((), x)
         count = sum(p.numel() for p in self._latent.values())
         parts = []
@@ -201,7 +201,7 @@ class BayesianModule(nn.Module):
     def _linear_layers(self) -> dict[str, nn.Module]:
         return {n: m for n, m in self.module.named_modules() if type(m) is nn.Linear}
 
-    @functools.cached_property
+    @property
     def _is_linear(self) -> bool:
         """Whether every weight is a linear layer's, and of one only."""
         names = {
@@ -264,19 +264,24 @@ class BayesianModule(nn.Module):
             x = x[(None,) * missing]
         if batch and len(x) < batch[0]:
             x = x.expand(batch[0], *x.shape[1:])
+        seen: list[str] = []
         with contextlib.ExitStack() as stack:
-            for name, layer in self.module.named_modules():
-                if isinstance(layer, nn.Linear):
-                    hook = functools.partial(self._drawn_output, f"{name}.".lstrip("."))
-                    stack.callback(layer.register_forward_hook(hook).remove)
-            return self.module(x)
+            for name, layer in self._linear_layers.items():
+                stack.callback(layer.register_forward_hook(lambda *_, name=name: seen.append(name)).remove)
+                hook = functools.partial(self._drawn_output, f"{name}.".lstrip("."))
+                stack.callback(layer.register_forward_hook(hook).remove)
+            outputs = self.module(x)
+        if sorted(seen) != sorted(self._linear_layers):
+            raise ValueError(
+                f"local_reparameterization: expected each linear layer of '{self.name}' to act once, as a module, got "
+                f"calls of {seen}: draw the weights themselves, with local_reparameterization=False"
+            )
+        return outputs
 
     def _drawn_output(self, layer: str, _: nn.Module, inputs: tuple[Tensor], mean: Tensor) -> Tensor:
         """A linear layer's output, drawn; the mean is what it gave (arXiv:1506.02557, eq. (6))."""
-        scales = (
-            self.log_scale[k] if (k := _key(f"{layer}{n}")) in self.log_scale else None for n in ("weight", "bias")
-        )
-        weight, bias = (None if scale is None else (2 * scale).exp() for scale in scales)
+        keys = [_key(f"{layer}{n}") for n in ("weight", "bias")]
+        weight, bias = ((2 * self.log_scale[key]).exp() if key in self.log_scale else None for key in keys)
         assert weight is not None
         variance = nn.functional.linear(inputs[0].square(), weight, bias)
         return mean + variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt() * torch.randn_like(mean)
