@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data import BatchIterable, Columns, Dataset, Reader, TensorData, as_columns
-from pyro_vae.data.batches import StoredColumns, is_by_name, is_grey, is_unscaled, require_range, require_valid
+from pyro_vae.data.batches import (
+    StoredColumns,
+    is_by_name,
+    is_grey,
+    is_unscaled,
+    require_counts,
+    require_range,
+    require_valid,
+)
 from pyro_vae.programs import HasModelAndGuide, Program, ProgramCheck, as_program, check_program, signature_of
 
 __all__ = ["Inputs", "batch_size_of", "device_of", "move_to", "open_inputs"]
@@ -136,7 +144,8 @@ def _open_batches(program: Program, batches: BatchIterable, binarize: str | None
     check, reader = _fit_reader(program, columns, batches.reader, by_name, binarize, size)
     # One batch does not tell what the next ones hold: each is checked as it comes, and drawn where drawing is allowed.
     drawn = reader.drawn if binarize == "none" else check.binary_arguments & columns.keys()
-    whole = replace(batches, reader=replace(reader, drawn=drawn), binary=check.binary_arguments, binarize=binarize)
+    read = replace(batches, reader=replace(reader, drawn=drawn))
+    whole = replace(read, binary=check.binary_arguments, counts=check.count_arguments, binarize=binarize)
     return Inputs(whole, by_name, check)
 
 
@@ -171,6 +180,8 @@ def _fit_reader(
             'grey levels; binarize="dynamic" (--binarize dynamic) draws them anew at each read, or choose a likelihood '
             "for real numbers, such as gaussian"
         )
+    for name in check.count_arguments & columns.keys():
+        require_counts(name, columns[name])
     if program.data_range is not None:
         first = next(iter(columns))
         require_range(first, columns[first], program.data_range, first in unscaled)

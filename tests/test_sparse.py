@@ -139,7 +139,7 @@ def test_grey_levels_are_drawn_as_of_the_dense_column(part):
         (sp.csr_array(0.5 * DENSE), "expected counts, whole numbers of at least 0, got values from 0 to 1.5"),
         (
             sp.vstack([sp.csr_array((200, 7)), sp.csr_array(-DENSE)]),
-            r"expected values in \[0, inf\], got .* from -3 to 0",
+            "expected counts, whole numbers of at least 0, got -2 among them",
         ),
         ((sp.csr_array(DENSE), torch.zeros(30)), "at most 1 tensors"),
         ({"x": sp.csr_array(DENSE), "y": torch.zeros(29)}, "equal first dimension, got .*30.*29"),

@@ -8,6 +8,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from scipy import sparse
 
 import pyro_vae as pv
 from pyro_vae.models import topic_model
@@ -359,6 +360,16 @@ def test_what_are_no_counts_is_refused(wrong):
         pv.fit(lda(), x, epochs=1)
     with pytest.raises(ValueError, match=rf"got {wrong:g} in row 7, word 2"):
         pyro.infer.SVI(lda().model, lda().guide, pyro.optim.Adam({}), pyro.infer.Trace_ELBO()).step(x)
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse", "batches"])
+@pytest.mark.parametrize("wrong", [-1.0, 0.5])
+def test_what_are_no_counts_is_refused_in_any_row(wrong, form):
+    x = X.repeat(40, 1)
+    x[-1, 2] = wrong
+    data = {"dense": x, "sparse": sparse.csr_array(x.numpy()), "batches": [*x.split(100)]}[form]
+    with pytest.raises(ValueError, match=f"data 'x': expected counts, whole numbers of at least 0, got {wrong:g}"):
+        pv.fit(lda(), data, epochs=1)
 
 
 # Latent topics --------------------------------------------------------------------------------------------------------

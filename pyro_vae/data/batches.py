@@ -269,6 +269,19 @@ def require_range(name: str, column: Column, limits: tuple[float, float], unscal
         )
 
 
+def require_counts(name: str, column: Column) -> None:
+    """Refuse values that are not whole numbers from 0 on.
+
+    Raises:
+        ValueError: there are such values; says the first.
+    """
+    for block in blocks(column) if column.is_floating_point() else ():
+        if bool((bad := (block < 0) | (block != block.floor())).any()):
+            value = block[bad][0].item()
+            raise ValueError(f"data '{name}': expected counts, whole numbers of at least 0, got {value:.4g} among them")
+    require_range(name, column, (0.0, math.inf))
+
+
 def is_grey(name: str, column: Column, unscaled: bool = False) -> bool:
     """Whether data for a binary site have values strictly between 0 and 1 (0 and 255 for uint8 levels).
 
@@ -453,6 +466,7 @@ class BatchIterable:
         reader: makes a batch of what the iterable yields.
         binary: names of the arguments that a binary site observes, whose values must lie in [0, 1].
         binarize: "none" refuses grey levels among them.
+        counts: names of the arguments that must hold whole numbers from 0 on.
     """
 
     batches: Iterable[Any]
@@ -460,6 +474,7 @@ class BatchIterable:
     reader: Reader
     binary: frozenset[str] = frozenset()
     binarize: str | None = None
+    counts: frozenset[str] = frozenset()
 
     def first(self) -> Any:
         """The first batch, as it comes. The iterable is asked for it once, and for nothing more.
@@ -485,6 +500,8 @@ class BatchIterable:
         for name in self.binary & columns.keys():
             if is_grey(name, columns[name], name in self.reader.unscaled) and self.binarize == "none":
                 raise ValueError(f"data '{name}': expected values 0 and 1 with binarize=\"none\", got grey levels")
+        for name in self.counts & columns.keys():
+            require_counts(name, columns[name])
         return columns
 
     def raw(self) -> Iterator[dict[str, Any]]:

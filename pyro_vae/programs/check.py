@@ -35,6 +35,7 @@ class ProgramCheck:
         batch_size: M, the size of the data plate in this batch.
         full_size: N if the plate states it (``pyro.plate("data", N, subsample_size=M)``), else M.
         binary_arguments: names of the arguments that are observed by a site of binary support.
+        count_arguments: names of those observed, without a mask, by a site whose support is the counts 0, 1, 2, ...
         global_sites: names of the sites outside the data plate, latent or observed.
         global_latents: those of them that are latent.
     """
@@ -42,6 +43,7 @@ class ProgramCheck:
     batch_size: int
     full_size: int
     binary_arguments: frozenset[str]
+    count_arguments: frozenset[str] = frozenset()
     global_sites: tuple[str, ...] = ()
     global_latents: tuple[str, ...] = ()
 
@@ -91,11 +93,15 @@ def check_program(
             _require_support(name, site)
         if not enumerated:
             _require_broadcast(program, args, kwargs)
-    binary = {_argument_of(n, s, arguments) for n, s in observed.items() if _is_binary(s)} - {None}
+    counts = {name: site for name, site in observed.items() if _is_count(site) and site["mask"] is None}
     shared = tuple(name for name, site in model_sites.items() if _is_global(site))
-    found = frozenset(map(str, binary))
     return ProgramCheck(
-        frame.size, frame.full_size or frame.size, found, shared, tuple(n for n in shared if n not in observed)
+        batch_size=frame.size,
+        full_size=frame.full_size or frame.size,
+        binary_arguments=_arguments_of({n: s for n, s in observed.items() if _is_binary(s)}, arguments),
+        count_arguments=_arguments_of(counts, arguments),
+        global_sites=shared,
+        global_latents=tuple(n for n in shared if n not in observed),
     )
 
 
@@ -158,6 +164,11 @@ def _is_binary(site: Any) -> bool:
     return base_support_of(site) is constraints.boolean
 
 
+def _is_count(site: Any) -> bool:
+    support = base_support_of(site)
+    return isinstance(support, type(constraints.nonnegative_integer)) and support.lower_bound == 0
+
+
 def _require_support(name: str, site: Any) -> None:
     """Observed values must lie in the support; those of a binary site in [0, 1], for grey levels can be drawn."""
     support = constraints.unit_interval if _is_binary(site) else base_support_of(site)
@@ -187,6 +198,11 @@ def _require_broadcast(program: Program, args: Any, kwargs: Any) -> None:
             "over leading dimensions (z[..., 0], not z[:, 0]), or use Program(model, guide, vectorize=False). "
             f"The error was: {_first_line(error)}"
         ) from error
+
+
+def _arguments_of(sites: Mapping[str, Any], arguments: Mapping[str, Any]) -> frozenset[str]:
+    found = (_argument_of(name, site, arguments) for name, site in sites.items())
+    return frozenset(name for name in found if name is not None)
 
 
 def _argument_of(name: str, site: Any, arguments: Mapping[str, Any]) -> str | None:
