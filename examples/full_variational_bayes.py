@@ -138,7 +138,7 @@ def draw(curves: dict[str, list[dict[str, Any]]], reference: Path | None) -> Fig
         style = "--" if split == "train" else "-"
         seen, values = zip(*points, strict=True)
         axes.plot(seen, values, color="grey", lw=1, linestyle=style, label=f"paper's AEVB, {split}")
-    axes.set(xscale="log", xlabel="training samples seen", ylabel="log p(x), nats per datum", ylim=(-175, -100))
+    axes.set(xscale="log", xlabel="training samples seen", ylabel="log p(x), nats per datum", ylim=(-192, -100))
     axes.set_title("MNIST, N = 1,000, N_z = 3: test (solid) and training images (dashed)", fontsize=10)
     axes.legend(fontsize=8)
     return figure
