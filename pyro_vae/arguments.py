@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-__all__ = ["one_of", "probability", "whole_number"]
+__all__ = ["one_of", "probability", "share", "whole_number"]
 
 
 def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
@@ -48,4 +48,15 @@ def probability(name: str, value: Any) -> float:
     """
     if not (isinstance(value, (int, float)) and 0 < value < 1):
         raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}")
+    return float(value)
+
+
+def share(name: str, value: Any) -> float:
+    """A number from 0 to 1, both of them included.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 <= value <= 1):
+        raise ValueError(f"{name}: expected a share from 0 to 1, got {value!r}")
     return float(value)

@@ -21,6 +21,7 @@ __all__ = [
     "forked_rng",
     "log_mean_exp",
     "mean_and_standard_error",
+    "ratio_and_standard_error",
     "seeded",
     "summarize_weights",
 ]
@@ -131,6 +132,29 @@ def mean_and_standard_error(values: Tensor) -> tuple[float, float]:
     values = values.double()
     spread = values.std().item() if len(values) > 1 else math.nan
     return values.mean().item(), spread / math.sqrt(len(values))
+
+
+def ratio_and_standard_error(values: Tensor, counts: Tensor) -> tuple[float, float]:
+    """Sum of values over sum of counts, of independent pairs (v_n, c_n), and its standard error by the delta method.
+
+        R = sum_n v_n / sum_n c_n,    se^2 = 1 / (N mean(c)^2)  sum_n (v_n - R c_n)^2 / (N - 1)
+
+    Args:
+        values: shape (N,).
+        counts: shape (N,), above 0: how much each value is the sum of. Where all are c, it is the mean over c.
+
+    Returns:
+        The ratio and its standard error (not a number when N = 1), in the unit of ``values`` per count.
+
+    Example:
+        >>> ratio_and_standard_error(torch.tensor([-2.0, -10.0]), torch.tensor([1, 3]))
+        (-3.0, 0.5)
+    """
+    values, counts = values.double(), counts.to(values.device).double()
+    ratio = values.sum() / counts.sum()
+    spread = (values - ratio * counts).square().sum().sqrt().item() if len(values) > 1 else math.nan
+    error = spread / math.sqrt(max(1, len(values) - 1) * len(values)) / counts.mean().item()
+    return ratio.item(), error
 
 
 @contextlib.contextmanager

@@ -53,12 +53,12 @@ class StoredRun:
             CheckpointError: the run was trained on data that have no name, or that have changed since.
         """
         described = self.config["data"]
-        if "source" not in described:
+        if not described.get("source"):
             raise CheckpointError(
                 f"the run in {self.path} was trained on data without a name or a path; pass them yourself"
             )
         data = load_dataset(described["source"], root=root, binarize=described["binarize"])
-        if checksum([data.train]) != described["checksum"]:
+        if not any(described["checksum"] == checksum(columns) for columns in _columns_of(data)):
             raise CheckpointError(
                 f"{described['source']} has changed since the run in {self.path} was trained on it, and its splits may "
                 "hold other data: pass the data yourself"
@@ -105,6 +105,15 @@ def load_run(run_dir: str | os.PathLike[str], program: HasModelAndGuide | None =
         open_inputs(bridged, data)
     copy_into(model_tensors(bridged, bridged.named_parameters()), tensors)
     return StoredRun(directory.path, program, config, checkpoint.state["position"]["history"])
+
+
+def _columns_of(data: Dataset) -> Iterator[list[Any]]:
+    """The training data with all that a program may have been given beside them, and without."""
+    lengths, mask = ([] if column is None else [column] for column in (data.train_lengths, data.observed("train")))
+    yield [data.train, *lengths, *mask]
+    yield [data.train, *mask]
+    yield [data.train, *lengths]
+    yield [data.train]
 
 
 def build_model(config: Mapping[str, Any], path: Path) -> Any:

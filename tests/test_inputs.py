@@ -398,3 +398,268 @@ def test_the_dry_run_uses_the_batch_size_it_is_told():
     toy = oracles.SharedMean(20)
     found = open_inputs(pv.Program(toy.model, toy.guide), torch.randn(20), batch_size=7).check
     assert (found.batch_size, found.full_size) == (7, 20)
+
+
+# Sequences ------------------------------------------------------------------------------------------------------------
+
+
+def sequence_model(x, lengths):
+    """A level of each sequence, and steps of D binary numbers that know it."""
+    steps = torch.arange(x.shape[-2]) < lengths[:, None]
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        logits = z[..., None, None].expand(*z.shape, *x.shape[-2:])
+        pyro.sample("x", dist.Bernoulli(logits=logits).mask(steps[..., None]).to_event(2), obs=x)
+
+
+def sequence_guide(x, lengths):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+
+def sequences():
+    return pv.Program(sequence_model, sequence_guide)
+
+
+def rolls(num_data=5, num_steps=4):
+    lengths = torch.arange(num_data) % num_steps + 1
+    x = (torch.rand(num_data, num_steps, 3) < 0.5) & (torch.arange(num_steps) < lengths[:, None])[..., None]
+    x[:, 0, 0] = True
+    return x.to(torch.uint8), lengths
+
+
+def music(**changes):
+    splits = {split: rolls(size) for split, size in (("train", 6), ("valid", 4), ("test", 5))}
+    parts = {name: x for name, (x, _) in splits.items()}
+    return Dataset("toy", **(parts | {f"{n}_lengths": lengths for n, (_, lengths) in splits.items()} | changes))
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_a_data_sets_lengths_are_given_to_a_program_that_takes_them(split):
+    data = music()
+    inputs = open_inputs(sequences(), data, split=split)
+    columns = read(inputs)
+    assert torch.equal(columns["x"], getattr(data, split).double())  # 0 and 1 are numbers
+    assert torch.equal(columns["lengths"], getattr(data, f"{split}_lengths"))
+    assert inputs.takes_lengths
+    args, kwargs = inputs.first()
+    assert torch.equal({**dict(zip(("x", "lengths"), args, strict=False)), **kwargs}["lengths"], columns["lengths"])
+
+
+def test_lengths_go_by_name_wherever_the_argument_stands():
+    def model(x, inputs=None, *, lengths):
+        assert inputs is None
+        sequence_model(x, lengths)
+
+    def guide(x, inputs=None, *, lengths):
+        sequence_guide(x, lengths)
+
+    assert read(open_inputs(pv.Program(model, guide), music())).keys() == {"x", "lengths"}
+
+
+def fixed():
+    return as_program(pv.VAE((4, 3), latent_dim=1, hidden_dims=(3,)))
+
+
+def test_sequences_of_one_length_serve_a_program_that_takes_none():
+    equal = music(train_lengths=torch.full((6,), 4))
+    inputs = open_inputs(fixed(), equal)
+    assert read(inputs).keys() == {"x"}
+    assert not inputs.takes_lengths
+    assert inputs.num_steps(read(inputs)) is None
+    with pytest.raises(ValueError, match=r"toy: sequences of 1 to 4 steps .* `lengths`.*got arguments \(x\)"):
+        open_inputs(fixed(), music())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64, torch.float32, np.int16])
+@pytest.mark.parametrize("form", [lambda x, n: (x, n), lambda x, n: {"lengths": n, "x": x}, lambda x, n: [(x, n)]])
+def test_lengths_of_any_type_are_read_as_whole_numbers(form, dtype):
+    x, lengths = rolls()
+    given = lengths.numpy().astype(dtype) if dtype is np.int16 else lengths.to(dtype)
+    inputs = open_inputs(sequences(), form(x, given))
+    args, kwargs = inputs.first()
+    found = {**dict(zip(("x", "lengths"), args, strict=False)), **kwargs}
+    assert found["lengths"].dtype == torch.int64
+    assert torch.equal(found["lengths"], lengths)
+    assert torch.equal(found["x"], x.double())
+    assert torch.equal(inputs.num_steps(found), lengths)
+
+
+BAD_LENGTHS = {
+    "zero": (torch.tensor([1, 2, 0, 4, 0]), r"5 whole numbers from 1 to 4.*; got 0 in row 2"),
+    "too long": (torch.tensor([1, 2, 3, 4, 5]), r"from 1 to 4.*\(5, 4, 3\); got 5 in row 4"),
+    "no whole number": (torch.tensor([1, 2.5, 3, 4, 1]), r"got 2\.5 in row 1"),
+    "of another shape": (torch.ones(5, 4).long(), r"got torch.int64 of shape \(5, 4\)"),
+    "of bool": (torch.ones(5, dtype=torch.bool), "got torch.bool"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LENGTHS)
+def test_lengths_that_do_not_fit_are_refused(bad):
+    x, good = rolls()
+    lengths, said = BAD_LENGTHS[bad]
+    for data in ((x, lengths), {"x": x, "lengths": lengths}, [(x, lengths)]):
+        with pytest.raises(ValueError, match=f"data 'lengths': expected .*{said}"):
+            open_inputs(sequences(), data)
+    inputs = open_inputs(sequences(), [(x, good), (x, lengths)])
+    with pytest.raises(ValueError, match=said):
+        list(inputs.data.raw())
+
+
+def test_lengths_beside_what_has_no_steps():
+    with pytest.raises(ValueError, match=r"sequences of shape \(N, T, ...\) beside them, got shape \(5,\)"):
+        open_inputs(sequences(), (torch.ones(5), torch.ones(5)))
+
+
+def test_the_steps_are_those_of_the_shape_that_the_program_states():
+    x, lengths = rolls()
+    program = pv.Program(sequence_model, sequence_guide, data_shape=(4, 3))
+    assert read(open_inputs(program, (x.flatten(1), lengths)))["x"].shape == (5, 4, 3)
+    with pytest.raises(ValueError, match=r"from 1 to 4.*got 5 in row 0"):
+        open_inputs(program, (x.flatten(1), lengths + 4))
+
+
+def test_without_lengths_every_step_counts():
+    def model(x, lengths=None):
+        sequence_model(x, torch.full((len(x),), x.shape[1]) if lengths is None else lengths)
+
+    program = pv.Program(model, lambda x, lengths=None: sequence_guide(x, lengths), data_shape=(4, 3))
+    for x in (rolls()[0], rolls()[0].flatten(1)):
+        inputs = open_inputs(program, x)
+        assert inputs.num_steps(inputs.tensors().columns).tolist() == [4] * 5
+
+
+@pytest.mark.parametrize("silent", [1, 2])
+def test_a_first_batch_of_zeros_does_not_turn_numbers_into_levels(silent):
+    """0 and 1 of type uint8 are numbers, also where the first batches hold no 1 to tell by."""
+    x, lengths = rolls()
+    batches = [(torch.zeros_like(x), lengths)] * silent + [(x, lengths)]
+    inputs = open_inputs(sequences(), batches)
+    *_, last = (inputs.data.reader(columns) for columns in inputs.data.raw())
+    assert torch.equal(last["x"], x.double())
+    grey = open_inputs(sequences(), [(torch.zeros_like(x), lengths), (255 * x, lengths)])
+    *_, last = (grey.data.reader(columns) for columns in grey.data.raw())
+    assert torch.equal(last["x"], x.double())
+
+
+def test_batches_that_are_all_zero_stay_so():
+    x, lengths = rolls()
+    inputs = open_inputs(sequences(), [(0 * x, lengths), (0 * x, lengths)])
+    assert not any(inputs.data.reader(columns)["x"].any() for columns in inputs.data.raw())
+
+
+# Missing observations -------------------------------------------------------------------------------------------------
+
+
+def masked_model(x, mask):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        law = dist.Normal(z[..., None].expand(*z.shape, x.shape[-1]), 1.0)
+        pyro.sample("x", law.mask(mask).to_event(1), obs=x)
+
+
+def masked_guide(x, mask):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x.sum(-1) / 2, 1.0))
+
+
+def masked():
+    return pv.Program(masked_model, masked_guide)
+
+
+def with_gaps():
+    x = torch.randn(6, 3)
+    x[1, 2], x[4, 0], x[4, 1] = float("nan"), float("inf"), float("nan")
+    return x
+
+
+@pytest.mark.parametrize("form", [lambda x, m: (x, m), lambda x, m: {"mask": m, "x": x}, lambda x, m: [(x, m)]])
+def test_what_is_missing_is_read_as_zero(form):
+    x = with_gaps()
+    kept = x.clone()
+    inputs = open_inputs(masked(), form(x, x.isfinite()))
+    args, kwargs = inputs.first()
+    found = {**dict(zip(("x", "mask"), args, strict=False)), **kwargs}
+    assert found["mask"].dtype == torch.bool
+    assert torch.equal(found["mask"], x.isfinite())
+    assert torch.equal(found["x"], x.where(x.isfinite(), 0))
+    torch.testing.assert_close(x, kept, equal_nan=True, rtol=0, atol=0)  # the user's own are not written to
+
+
+def test_what_is_missing_has_no_influence():
+    x = with_gaps()
+    mask, filled = x.isfinite(), x.where(x.isfinite(), 0)
+    bounds = [pv.evaluate_bound(masked(), {"x": data, "mask": mask}) for data in (x, filled)]
+    assert bounds[0] == bounds[1]
+    assert pv.evaluate_bound(masked(), {"x": filled, "mask": torch.ones_like(mask)}).mean != bounds[0].mean
+
+
+@pytest.mark.parametrize("form", [lambda x, m: (x, m), lambda x, m: [(x, m)]])
+def test_nan_where_the_mask_is_true_is_refused(form):
+    x = with_gaps()
+    mask = x.isfinite()
+    mask[4, 1] = True
+    with pytest.raises(
+        ValueError, match=r"'x'.*1 of 6 rows, the first at row 4; expected NaN only where mask is False"
+    ):
+        open_inputs(masked(), form(x, mask))
+
+
+def test_a_mask_of_rows_or_of_steps():
+    x = torch.randn(4, 3, 2)
+    x[1, 2] = float("nan")
+    steps, pixels = x.isfinite().all(-1), x.isfinite()
+
+    def model(x, mask):
+        with pyro.plate("data", len(x)):
+            law = dist.Normal(pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))[..., None, None], 1.0)
+            law = law.expand((*law.batch_shape[:-2], 3, 2))
+            keep = mask.reshape(*mask.shape, *(1,) * (3 - mask.ndim))
+            pyro.sample("x", law.mask(keep).to_event(2), obs=x)
+
+    program = pv.Program(model, lambda x, mask: sequence_guide(x, None))
+    for mask in (steps, pixels, pixels.all(-1).all(-1)):
+        assert torch.equal(read(open_inputs(program, (x, mask)))["x"], x.where(pixels, 0))
+    steps[1, 2] = True
+    with pytest.raises(ValueError, match="1 of 4 rows, the first at row 1; expected NaN only where mask is False"):
+        open_inputs(program, (x, steps))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(6, 3), torch.ones(6, 2, dtype=torch.bool), torch.ones(6, 3).long()])
+def test_a_mask_must_be_of_bool_and_fit(mask):
+    with pytest.raises(ValueError, match=r"'mask': expected bool of the shape of 'x', \(6, 3\).*got torch"):
+        open_inputs(masked(), (with_gaps(), mask))
+
+
+def test_nan_is_refused_with_what_to_do():
+    x = torch.full((3, 6), float("nan"))
+    with pytest.raises(ValueError, match=r"row 0: fill in what is missing, or mask it in a program .*`mask`"):
+        open_inputs(gaussian(), x)
+    with pytest.raises(ValueError, match=r"row 1; expected NaN only where mask is False"):
+        open_inputs(masked(), {"x": with_gaps()})
+
+
+def test_missing_binary_numbers_are_not_drawn():
+    """Neither grey because they are missing, nor drawn at another level."""
+
+    def model(x, mask):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            law = dist.Bernoulli(logits=z[..., None].expand(*z.shape, x.shape[-1]))
+            pyro.sample("x", law.mask(mask).to_event(1), obs=x)
+
+    binary = (torch.rand(50, 3) < 0.5).double()
+    binary[7] = float("nan")
+    program = pv.Program(model, masked_guide)
+    inputs = open_inputs(program, (binary, binary.isfinite()), binarize="none")
+    assert inputs.tensors().reader.drawn == frozenset()
+    assert torch.equal(read(inputs)["x"], binary.nan_to_num(0.0))
+    grey = open_inputs(program, (binary / 2, binary.isfinite()))
+    assert torch.equal(grey.tensors().drawn_once(0).rows(slice(None))["x"][7], torch.zeros(3))
+    with pytest.raises(ValueError, match=r"\[0, 1\].*to 2"):
+        open_inputs(program, (2 * binary, binary.isfinite()))
+
+
+def test_all_of_a_masked_column_may_be_missing():
+    x = torch.full((3, 2), float("nan"))
+    assert not read(open_inputs(masked(), (x, x.isfinite())))["x"].any()

@@ -5,6 +5,9 @@ form (images as uint8), on the device of the computation; a batch is cut by inde
 No Python runs per datum. Columns may be larger than memory (arrays that ``numpy.memmap`` maps from files, read-only
 ones too): nothing here copies a whole column or writes into one, and what looks at every number does so in blocks of
 rows. Sparse columns stay sparse: the rows of a batch are made dense when they are read.
+
+Two columns are known by their names: "lengths", of padded sequences, and "mask", of observations that are missing.
+Both speak of the first of the other columns.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.data.sequences import LENGTHS, MASK, require_lengths
 from pyro_vae.data.sparse import SparseRows, is_sparse, sparse_rows
 
 __all__ = [
@@ -36,6 +40,7 @@ __all__ = [
     "is_by_name",
     "is_grey",
     "is_unscaled",
+    "observed_name",
     "require_range",
     "require_valid",
     "stored_blocks",
@@ -154,11 +159,24 @@ def _extremes(block: Tensor) -> tuple[float, float]:
     return low.item(), high.item()
 
 
-def require_valid(columns: Mapping[str, Column]) -> None:
+def observed_name(columns: Mapping[str, Any]) -> str:
+    """The column that "lengths" and "mask" speak of: the first of the others."""
+    return next((name for name in columns if name not in (LENGTHS, MASK)), next(iter(columns)))
+
+
+def require_valid(
+    columns: Mapping[str, Column], names: Sequence[str] = (), data_shape: tuple[int, ...] | None = None
+) -> None:
     """Refuse data that no program can use, before any work is done.
 
+    Args:
+        columns: by argument name.
+        names: the program's arguments.
+        data_shape: that the program states of a datum of its first argument.
+
     Raises:
-        ValueError: no data, complex or non-finite numbers, or unequal first dimensions; says which and where.
+        ValueError: no data, complex numbers, non-finite ones that are not masked, unequal first dimensions, or lengths
+            that do not fit the sequences; says which and where.
     """
     if not columns:
         raise ValueError("expected at least one tensor of data, got none")
@@ -168,20 +186,53 @@ def require_valid(columns: Mapping[str, Column]) -> None:
                 f"data '{name}': expected real numbers of shape (N, ...) with N > 0, "
                 f"got {column.dtype} of shape {tuple(column.shape)}"
             )
+    sizes = {name: len(column) for name, column in columns.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"expected tensors with an equal first dimension, got {sizes}")
+    first = observed_name(columns)
+    if LENGTHS in columns and first != LENGTHS:
+        shape = tuple(columns[first].shape)
+        fits = data_shape is not None and columns[first][:1].numel() == math.prod(data_shape)
+        _require_lengths(columns[LENGTHS], (*shape[:1], *data_shape) if fits and data_shape else shape)
+    for name, column in columns.items():
         if column.is_floating_point():
-            _require_finite(name, column)
-    lengths = {name: len(column) for name, column in columns.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"expected tensors with an equal first dimension, got {lengths}")
+            _require_finite(name, column, columns.get(MASK) if name == first else None, MASK in names)
 
 
-def _require_finite(name: str, column: Column) -> None:
+def _require_lengths(lengths: Column, shape: tuple[int, ...]) -> None:
+    require_lengths(f"data '{LENGTHS}'", lengths.dense() if isinstance(lengths, SparseRows) else lengths, shape)
+
+
+def _require_finite(name: str, column: Column, mask: Column | None, takes_mask: bool) -> None:
     bad = column.non_finite_rows() if isinstance(column, SparseRows) else _non_finite_rows(column)
+    if mask is not None and len(bad) and isinstance(column, Tensor):
+        bad = _unmasked(name, column, mask, bad)
     if len(bad):
+        hint = f"; expected NaN only where {MASK} is False" if takes_mask or mask is not None else ""
+        if not hint and isinstance(column, Tensor) and bool(column[int(bad[0])].isnan().any()):
+            hint = (
+                f": fill in what is missing, or mask it in a program with an argument `{MASK}`, given by name beside "
+                "the data, True where they are observed"
+            )
         raise ValueError(
             f"data '{name}': expected finite numbers, got NaN or infinity in {len(bad)} of {len(column)} rows, the "
-            f"first at row {int(bad[0])}"
+            f"first at row {int(bad[0])}{hint}"
         )
+
+
+def _unmasked(name: str, column: Tensor, mask: Column, rows: Tensor) -> Tensor:
+    """Those of the rows that are not finite where the mask, (N, ...) of bool, is True."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != column.shape[: mask.ndim]:
+        raise ValueError(
+            f"data '{MASK}': expected bool of the shape of '{name}', {tuple(column.shape)}, or of its first axes, for "
+            f"'{name}' holds NaN; got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+    bad = [rows[:0]]
+    for few in rows.split(max(1, _ELEMENTS_IN_BLOCK // max(1, column[:1].numel()))):
+        finite = column[few.to(column.device)].isfinite().reshape(len(few), *mask.shape[1:], -1).all(-1)
+        wrong = mask[few.to(mask.device)].to(finite.device) & ~finite
+        bad.append(few[wrong.reshape(len(few), -1).any(1).cpu()])
+    return torch.cat(bad)
 
 
 def _non_finite_rows(column: Tensor) -> Tensor:
@@ -193,6 +244,15 @@ def _non_finite_rows(column: Tensor) -> Tensor:
     return torch.cat(bad)
 
 
+def _finite_blocks(column: Column) -> Iterator[Tensor]:
+    """Blocks of a column that was found valid, without the numbers that are missing."""
+    for block in blocks(column):
+        if not block.is_floating_point() or math.isfinite(block.sum().item()):
+            yield block
+        elif (finite := block[block.isfinite()]).numel():
+            yield finite
+
+
 @dataclass(frozen=True)
 class Reader:
     """Turns stored columns into what a program observes.
@@ -202,7 +262,8 @@ class Reader:
     numbers are cast to the floating-point type; wider integers (labels, lengths) are left alone. The first argument
     of a program that states its ``data_shape`` is cast in any case, and reshaped to it if its element count agrees.
     Grey levels that a binary site observes are probabilities of ink and are drawn anew at each read (dynamic
-    binarisation). What is read is a copy always: a program may write into it.
+    binarisation). Lengths are read as int64, a mask of bool as it is, and what is missing as 0. What is read is a copy
+    always: a program may write into it.
 
     Attributes:
         device: where the program runs.
@@ -210,6 +271,7 @@ class Reader:
         data_shape: shape of one datum of the first argument; None leaves it as stored.
         drawn: names of the arguments to binarise by drawing.
         unscaled: names of the uint8 arguments that hold numbers as they are, not levels from 0 to 255.
+        missing: names of the arguments of which numbers may be missing, NaN or infinite where the mask is False.
     """
 
     device: torch.device
@@ -217,6 +279,7 @@ class Reader:
     data_shape: tuple[int, ...] | None = None
     drawn: frozenset[str] = frozenset()
     unscaled: frozenset[str] = frozenset()
+    missing: frozenset[str] = frozenset()
 
     def __call__(self, columns: Mapping[str, Column]) -> Columns:
         """Read a batch; the draws come from torch's global generator of the device."""
@@ -228,10 +291,13 @@ class Reader:
 
     def _scale(self, name: str, column: Column) -> Tensor:
         moved = self._move(column)
+        if name == LENGTHS:
+            return moved.to(torch.int64, copy=moved is column)
         if moved.dtype == torch.uint8:
             return moved.to(self.dtype).div_(1 if name in self.unscaled else 255)
-        real = moved.is_floating_point() or moved.dtype == torch.bool
-        return moved.to(self.dtype if real else moved.dtype, copy=moved is column)
+        real = moved.is_floating_point() or (moved.dtype == torch.bool and name != MASK)
+        read = moved.to(self.dtype if real else moved.dtype, copy=moved is column)
+        return read.nan_to_num_(0.0, 0.0, 0.0) if name in self.missing else read
 
     def _move(self, column: Column) -> Tensor:
         column = column.dense() if isinstance(column, SparseRows) else column
@@ -261,7 +327,7 @@ def require_range(name: str, column: Column, limits: tuple[float, float], unscal
     levels = column.dtype == torch.uint8 and not unscaled
     if column.dtype == torch.bool or (levels and limits[0] <= 0 and limits[1] >= 1):
         return
-    lows, highs = zip(*map(_extremes, blocks(column)), strict=True)
+    lows, highs = zip(*[(math.inf, -math.inf), *map(_extremes, _finite_blocks(column))], strict=True)
     low, high = min(lows) / (255 if levels else 1), max(highs) / (255 if levels else 1)
     if low < limits[0] or high > limits[1]:
         raise ValueError(
@@ -275,7 +341,7 @@ def require_counts(name: str, column: Column) -> None:
     Raises:
         ValueError: there are such values; says the first.
     """
-    for block in blocks(column) if column.is_floating_point() else ():
+    for block in _finite_blocks(column) if column.is_floating_point() else ():
         if bool((bad := (block < 0) | (block != block.floor())).any()):
             value = block[bad][0].item()
             raise ValueError(f"data '{name}': expected counts, whole numbers of at least 0, got {value:.4g} among them")
@@ -292,7 +358,7 @@ def is_grey(name: str, column: Column, unscaled: bool = False) -> bool:
     if column.dtype == torch.bool or (column.dtype == torch.uint8 and unscaled):
         return False
     one = 255 if column.dtype == torch.uint8 else 1
-    return not all(bool(((block == 0) | (block == one)).all()) for block in blocks(column))
+    return not all(bool(((block == 0) | (block == one)).all()) for block in _finite_blocks(column))
 
 
 def _reshape(column: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -496,7 +562,7 @@ class BatchIterable:
         columns = as_columns(batch, self.names)
         if columns is None:
             raise ValueError(f"expected batches of tensors, or tuples or dicts of them; got {type(batch).__name__}")
-        require_valid(columns)
+        require_valid(columns, self.names, self.reader.data_shape)
         for name in self.binary & columns.keys():
             if is_grey(name, columns[name], name in self.reader.unscaled) and self.binarize == "none":
                 raise ValueError(f"data '{name}': expected values 0 and 1 with binarize=\"none\", got grey levels")

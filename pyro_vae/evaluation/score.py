@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.compile import UNRECORDED, Recorder
-from pyro_vae.numerics import mean_and_standard_error
+from pyro_vae.numerics import mean_and_standard_error, ratio_and_standard_error
 from pyro_vae.programs import Program
 
 __all__ = ["Estimate", "Method", "Score"]
@@ -89,6 +89,8 @@ class Score:
         method: how it was estimated.
         options: of the method, where they are not its defaults.
         num_data: N where the one value is log p(X) of a whole data set; None where there is a value for each datum.
+        num_steps: steps of each sequence, int64 (N,), of a program that takes an argument ``lengths``; else None.
+            (Beside the one value of a whole data set, the steps of all of them.)
     """
 
     values: Tensor
@@ -98,6 +100,17 @@ class Score:
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     num_data: int | None = None
+    num_steps: Tensor | None = None
+
+    @property
+    def per_step(self) -> tuple[float, float] | None:
+        """Mean and its standard error in nats per step, of sequences; None of data that are none.
+
+        It is the sum of the values over the sum of the steps, over the whole set, as Boulanger-Lewandowski et al.
+        (arXiv:1206.6392) and Krishnan et al. (arXiv:1609.09869) report, not a mean over sequences of means over steps.
+        The standard error is the delta method's, over sequences.
+        """
+        return None if self.num_steps is None else ratio_and_standard_error(self.values, self.num_steps)
 
     @property
     def mean(self) -> float:
@@ -127,7 +140,8 @@ class Score:
         """What the diagnostics say, in words."""
         found = self.diagnostics
         median = "median ESS" if self.num_data is None else "ESS"
-        said = [] if "r_hat" in found else [f"{median} {found['ess'].median().item():.1f}"]
+        said = [self._steps()] if self.num_steps is not None else []
+        said += [] if "r_hat" in found else [f"{median} {found['ess'].median().item():.1f}"]
         if self.num_data is not None and "pareto_k" in found:
             said.append(f"Pareto k {found['pareto_k'].item():.2f}")
         elif self.num_heavy is not None:
@@ -137,3 +151,8 @@ class Score:
         if "r_hat" in found:
             said.append(f"largest R-hat {found['r_hat'].max().item():.3f}")
         return said
+
+    def _steps(self) -> str:
+        assert self.per_step is not None
+        assert self.num_steps is not None
+        return f"{self.per_step[0]:.2f} nats per step over {int(self.num_steps.sum()):,} steps"

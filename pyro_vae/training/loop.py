@@ -63,7 +63,8 @@ class Run:
             None, and "train_log_joint" is the mean log p(x, z) over the samples since the row before. With global
             latents, "train_bound" has its share of their terms, a "dataset_bound" bounds the log evidence of all N
             training data together (nats: N times the mean), and bounds of held-out data are predictive: see
-            :func:`pyro_vae.evaluate_bound`.
+            :func:`pyro_vae.evaluate_bound`. Of sequences (a program that takes ``lengths``) there is also a
+            "train_bound_per_step", "test_bound_per_step" and so on: sum of the bounds over sum of the steps, in nats.
         samples: training samples seen.
         stopped_early: whether ``patience`` ended the run. Wherever ``patience`` was set, the parameters are those of
             the best validation bound, and not of the last row.
@@ -158,7 +159,10 @@ def fit(
             iterable of batches (a DataLoader), which can be iterated over again. Matrices of scipy.sparse serve as
             tensors, of which a minibatch's rows alone are made dense. Arrays mapped from files
             (``numpy.load(path, mmap_mode="r")``) may be larger than memory: they are read in blocks and by minibatch,
-            never copied as a whole and never written to.
+            never copied as a whole and never written to. Sequences of unequal length are x (N, T, ...), padded, and
+            lengths (N,), for a program with an argument ``lengths`` (:func:`pyro_vae.pad_sequences` makes them, a data
+            set has them). NaN in x is refused, but where a column of bool for an argument ``mask``, of x's shape or its
+            first axes, is False: ``{"x": x, "mask": x.isfinite()}``; the program reads 0 there, and leaves it out.
         objective: what to maximise: an objective of this package (None: ``SGVB()``) or any ELBO of Pyro's.
         optimizer: a name or class of ``torch.optim``, or a function of the parameters that returns an optimiser.
         learning_rate: None for 0.02 with Adagrad (as in the paper) and torch's default elsewhere.
@@ -688,7 +692,7 @@ class _Trainer:
             self.directory.append_metrics(row)
         if self.board is not None:
             for name, value in row.items():
-                if name.endswith("bound") and value is not None:
+                if name.endswith(("bound", "per_step")) and value is not None:
                     self.board.add_scalar(name, value, self.position.samples)
         self._report(self.position.samples, row)
         if on_rhythm and self.settings.checkpoint_every is None:
@@ -836,7 +840,9 @@ def _replay(data: BatchIterable, seed: int, epoch: int, batch: int) -> Iterator[
 def _columns(split: str, bound: BoundEstimate | None) -> dict[str, float | None]:
     """A bound as columns of the history; None for what is not known, since JSON has no NaN."""
     mean, error = (None, None) if bound is None else (bound.mean, bound.std_error)
-    return {f"{split}_bound": mean, f"{split}_bound_se": None if error is None or math.isnan(error) else error}
+    row = {f"{split}_bound": mean, f"{split}_bound_se": None if error is None or math.isnan(error) else error}
+    per_step = {} if bound is None or bound.per_step is None else {f"{split}_bound_per_step": bound.per_step}
+    return row | per_step
 
 
 @contextlib.contextmanager

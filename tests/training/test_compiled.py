@@ -31,6 +31,7 @@ from pyro_vae.training.checkpoint import RunDirectory
 from pyro_vae.training.compiled import CompiledStep
 from pyro_vae.training.optimizers import _BY_NAME, _REFUSED
 from pyro_vae.training.step import Batch, EagerStep
+from tests.sequences import LinearStateSpace, example
 from tests.training.test_resume import assert_same, without_seconds
 
 NEVER = 10**9
@@ -171,6 +172,11 @@ def of_many_kinds():
     return pv.Program(model, guide)
 
 
+def sequences():
+    """Of unequal length; whether their particles are resampled depends on their weights."""
+    return LinearStateSpace(example(), "amortized")
+
+
 def binary(*shape):
     return torch.rand(shape).round()
 
@@ -188,6 +194,7 @@ CASES = {
     ),
     "buffers and dropout": (WithBuffersAndDropout, lambda: torch.randn(8, 4)),
     "global latent": (with_global_latent, lambda: torch.randn(8)),
+    "sequences": (sequences, lambda: (torch.randn(8, 4, 3), torch.arange(8) % 4 + 1)),
 }
 
 LEARNING = {
@@ -199,6 +206,8 @@ LEARNING = {
     "renyi": lambda: pv.Renyi(0.5, 3),
     "renyi max": lambda: pv.Renyi(-math.inf, 3),
     "vimco": lambda: pv.VIMCO(3),
+    "fivo": lambda: pv.FIVO(5, threshold=0.8),
+    "fivo multinomial": lambda: pv.FIVO(3, threshold=1.0, resampling="multinomial"),
     "wake-sleep": pv.WakeSleep,
     "reweighted-wake-sleep": lambda: pv.ReweightedWakeSleep(3, 0.5),
     "mcem": lambda: pv.MCEM(3, num_updates=2),
@@ -220,7 +229,7 @@ _OF_LOCAL = (
     "mcem",
 )  # what needs every latent in the plate
 
-_QUICK = ("vae", "binary latents", "buffers and dropout", "covariates by name")
+_QUICK = ("vae", "binary latents", "buffers and dropout", "covariates by name", "sequences")
 
 
 def admitted():
@@ -231,6 +240,8 @@ def admitted():
             if case == "global latent" and (name.startswith(_OF_LOCAL) or "vectorized" in name):
                 continue
             if case == "particle by particle" and name == "sgvb B":
+                continue
+            if (case == "sequences") != name.startswith("fivo") and (case, name) != ("sequences", "iwae"):
                 continue
             marks = () if case in _QUICK else pytest.mark.slow
             yield pytest.param(case, name, id=f"{case}, {name}", marks=marks)

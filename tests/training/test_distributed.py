@@ -112,13 +112,36 @@ def grey_program():
     return pv.Program(model, guide)
 
 
+def sequence_program():
+    """One level of a sequence and its steps, with the posterior as guide."""
+
+    def steps(x, lengths):
+        return torch.arange(x.shape[1]) < lengths[:, None]
+
+    def model(x, lengths):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            law = dist.Normal(z[..., None].expand(*z.shape, x.shape[1]), 1.0)
+            pyro.sample("x", law.mask(steps(x, lengths)).to_event(1), obs=x)
+
+    def guide(x, lengths):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x * steps(x, lengths)).sum(-1) / (lengths + 1), (lengths + 1.0).rsqrt()))
+
+    return pv.Program(model, guide)
+
+
 def scores():
     """Values per datum and bounds that have no noise, whatever the number of processes."""
     generator = torch.Generator().manual_seed(7)
     exact = pv.LinearGaussian(torch.tensor([[1.0], [0.5], [-1.0]]))
     x, grey = torch.randn(7, 3, generator=generator), torch.rand(2500, 3, generator=generator)
     shuffled = DataLoader(TensorDataset(x), batch_size=2, shuffle=True)
+    sequences = sequence_program(), (torch.randn(7, 4, generator=generator), torch.tensor([1, 4, 2, 3, 3, 1, 4]))
+    by_steps = pv.log_marginal(*sequences, num_particles=2, batch_size=2)
     tensors = {
+        "steps": by_steps.num_steps,
+        "per step": torch.tensor(by_steps.per_step),
         "exact": pv.log_marginal(exact, x, num_particles=3, batch_size=2).values,
         "one datum": pv.log_marginal(exact, x[:1], num_particles=3).values,
         "grey": pv.log_marginal(grey_program(), grey, num_particles=2, seed=3, batch_size=700).values,
@@ -130,7 +153,9 @@ def scores():
         pv.evaluate_bound(exact, [x[:3], x[3:]]),
         pv.evaluate_bound(grey_program(), grey, seed=3, num_data=1900),
     ]
-    return tensors, [[bound.mean, bound.std_error] for bound in bounds]
+    in_steps = [pv.evaluate_bound(*sequences), pv.evaluate_bound(sequences[0], loader(*sequences[1], batch_size=3))]
+    per_step = [[bound.per_step, bound.per_step_std_error] for bound in in_steps]
+    return tensors, [[bound.mean, bound.std_error] for bound in (*bounds, *in_steps)] + per_step
 
 
 DIGITS = {"num_samples": 3000, "evaluate_every": 700, "optimizer": "adam", "learning_rate": 1e-3, "progress": False}
