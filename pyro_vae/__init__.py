@@ -10,6 +10,7 @@ M           data in a minibatch                                      ``batch_siz
 K           particles, draws of z per datum (the paper's L)          ``num_particles``
 J           dimension of z                                           ``latent_dim``
 D           dimension of x                                           ``data_shape``
+T           steps of the longest sequence, padding included          ``num_steps``
 theta       parameters of the generative model p(x, z)
 phi         parameters of the recognition model q(z | x)
 log_w       log p(x, z) - log q(z | x), axes (K, M)
@@ -18,6 +19,7 @@ loss        minus a bound, summed over the data plate: minimised
 ==========  =======================================================  ==========================
 
 Axes are particles, then batch, then event: (K, M, J). Units are nats per datum: sums over the event, means over data.
+A sequence is one datum; what is in nats per step says so.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ if TYPE_CHECKING:
     from pyro_vae import evaluation as evaluation
     from pyro_vae import plots as plots
     from pyro_vae.data import Dataset as Dataset
+    from pyro_vae.data import bouncing_balls as bouncing_balls
     from pyro_vae.data import load_dataset as load_dataset
+    from pyro_vae.data import pad_sequences as pad_sequences
+    from pyro_vae.data import pendulum as pendulum
     from pyro_vae.evaluation import Score as Score
     from pyro_vae.evaluation import bidirectional as bidirectional
     from pyro_vae.evaluation import evaluate_bound as evaluate_bound
@@ -39,9 +44,14 @@ if TYPE_CHECKING:
     from pyro_vae.models import VAE as VAE
     from pyro_vae.models import GaussianMixture as GaussianMixture
     from pyro_vae.models import LinearGaussian as LinearGaussian
+    from pyro_vae.models import LinearGaussianSSM as LinearGaussianSSM
     from pyro_vae.models import ProdLDA as ProdLDA
     from pyro_vae.models import SigmoidBeliefNetwork as SigmoidBeliefNetwork
+    from pyro_vae.models import StochasticVolatility as StochasticVolatility
+    from pyro_vae.models import SwitchingLDS as SwitchingLDS
+    from pyro_vae.models import VariationalRNN as VariationalRNN
     from pyro_vae.models.full_bayes import bayesian as bayesian
+    from pyro_vae.objectives import FIVO as FIVO
     from pyro_vae.objectives import IWAE as IWAE
     from pyro_vae.objectives import MCEM as MCEM
     from pyro_vae.objectives import SGVB as SGVB
@@ -63,6 +73,7 @@ __version__ = "0.1.0"
 
 # Imported on first use: `pyro-vae --help` need not wait for torch.
 _HOMES = {
+    "FIVO": "objectives",
     "IWAE": "objectives",
     "MCEM": "objectives",
     "VIMCO": "objectives",
@@ -74,17 +85,23 @@ _HOMES = {
     "VAE": "models",
     "Comparison": "experiments",
     "Dataset": "data",
+    "DeepMarkovModel": "models",
     "GaussianMixture": "models",
     "LinearGaussian": "models",
+    "LinearGaussianSSM": "models",
     "Objective": "objectives",
     "ProdLDA": "models",
     "Program": "programs",
     "Run": "training",
     "Score": "evaluation",
     "SigmoidBeliefNetwork": "models",
+    "StochasticVolatility": "models",
+    "SwitchingLDS": "models",
+    "VariationalRNN": "models",
     "StoredRun": "runs",
     "bayesian": "models.full_bayes",
     "bidirectional": "evaluation",
+    "bouncing_balls": "data",
     "check_program": "programs",
     "compare": "experiments.compare",
     "evaluate_bound": "evaluation",
@@ -93,6 +110,8 @@ _HOMES = {
     "load_run": "runs",
     "log_marginal": "evaluation",
     "log_weights": "programs",
+    "pad_sequences": "data",
+    "pendulum": "data",
 }
 
 _MODULES = ("evaluation", "plots")

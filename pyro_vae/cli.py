@@ -1,4 +1,6 @@
-"""The command line: ``pyro-vae train | evaluate | compare | sample | plot | datasets``. The only file that prints.
+"""The command line, the only file that prints.
+
+    pyro-vae train | evaluate | compare | sample | plot | forecast | smooth | filter | fill | datasets
 
 Exit codes: 0 done; 1 an error of this program's own; 2 bad input, an unusable file or a loss that is not finite;
 128 + n stopped by signal n (130 Ctrl-C, 143 SIGTERM). torch is imported inside the commands, so that ``--help`` is
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 import sys
 import time
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
     from pyro_vae.data import Dataset
     from pyro_vae.runs import StoredRun
+    from pyro_vae.sequence_gallery import Findings, SequenceGallery
     from pyro_vae.training import Run
 
 __all__ = ["app", "main"]
@@ -90,7 +94,9 @@ def _is_first() -> bool:
     return ranks().first
 
 
-def _command(example: str, parallel: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def _command(
+    example: str, parallel: bool = False, name: str | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register a command with an example in its help and readable errors.
 
     Of torchrun's processes the first one speaks for all, and does alone what is not parallel.
@@ -106,7 +112,7 @@ def _command(example: str, parallel: bool = False) -> Callable[[Callable[P, R]],
                         raise typer.Exit
                 return function(*args, **kwargs)
 
-        return app.command(epilog=f"Example: [cyan]{example}[/]")(wrapped)
+        return app.command(name, epilog=f"Example: [cyan]{example}[/]")(wrapped)
 
     return register
 
@@ -134,16 +140,17 @@ def _read_config(context: typer.Context, file: Path | None) -> Path | None:
     return file
 
 
-def _whole_numbers(texts: list[str]) -> tuple[int, ...]:
+def _whole_numbers(texts: list[str], flag: str = "--hidden-dims", such_as: str = "500 or 500,200") -> tuple[int, ...]:
     text = ",".join(texts)
     try:
         return tuple(int(part) for part in text.replace(",", " ").split())
     except ValueError:
-        raise ValueError(f"--hidden-dims: expected whole numbers such as 500 or 500,200, got {text!r}") from None
+        raise ValueError(f"{flag}: expected whole numbers such as {such_as}, got {text!r}") from None
 
 
 _data = functools.partial(typer.Option, rich_help_panel="Data")
 _model = functools.partial(typer.Option, rich_help_panel="Model")
+_markov = functools.partial(typer.Option, rich_help_panel="Deep Markov model (--model deep-markov)")
 _objective = functools.partial(typer.Option, rich_help_panel="Objective")
 _training = functools.partial(typer.Option, rich_help_panel="Training")
 _storage = functools.partial(typer.Option, rich_help_panel="Run directory")
@@ -152,16 +159,52 @@ _scoring = functools.partial(typer.Option, rich_help_panel="Scoring")
 
 _ROOT_HELP = "Folder with the data sets, or where to download them to."
 _BINARIZE_HELP = "'dynamic' draws grey levels anew at each read, 'none' refuses them; by default as the data set says."
-_OBJECTIVE_HELP = "sgvb, iwae, dreg, renyi, vimco, wake-sleep, reweighted-wake-sleep or mcem."
+_OBJECTIVE_HELP = "sgvb, iwae, dreg, renyi, vimco, wake-sleep, reweighted-wake-sleep or mcem; fivo of sequences."
 _COMPARED_HELP = "NAME or NAME:key=value,key=value, such as sgvb or iwae:num_particles=10; repeat it. " + (
-    "sgvb, iwae, dreg, renyi, vimco, wake-sleep, reweighted-wake-sleep or mcem."
+    "sgvb, iwae, dreg, renyi, vimco, wake-sleep, reweighted-wake-sleep or mcem; fivo of sequences."
 )
-_OBJECTIVE_OPTIONS = ("num_particles", "estimator", "alpha", "gradient", "insomnia", "num_leapfrog", "num_updates")
-_METHOD_HELP = "importance (a lower bound on average), ais (likewise) or posterior-density (an upper bound)."
+_OBJECTIVE_OPTIONS = (
+    "num_particles",
+    "estimator",
+    "alpha",
+    "gradient",
+    "insomnia",
+    "num_leapfrog",
+    "num_updates",
+    "threshold",
+    "resampling",
+)
+_MODELS = ("vae", "deep-markov")
+_VAE_OPTIONS = (
+    "hidden_dims",
+    "likelihood",
+    "activation",
+    "init",
+    "bayesian",
+    "local_reparameterization",
+    "learn_prior",
+)
+_DEEP_MARKOV_OPTIONS = (
+    "transition_dim",
+    "emission_dim",
+    "rnn_dim",
+    "guide",
+    "emission",
+    "cell",
+    "num_flows",
+    "missing",
+)
+_EMISSION_HELP = (
+    "bernoulli, gaussian, student-t or poisson; by default bernoulli of data that are 0 and 1, else gaussian."
+)
+_METHOD_HELP = "importance (a lower bound on average), ais (likewise), posterior-density (an upper bound)" + (
+    " or, of sequences, smc (a lower bound)."
+)
 _PARTICLES_HELP = "Draws or chains per datum (K); by default 1,000, of ais 16."
 _HIDDEN_HELP = "Widths of the encoder's hidden layers: 500, or 500,200, or repeated; the decoder mirrors them."
 _GUIDELESS = "--method ais --initial prior"
 _METHOD_OPTIONS = ("defensive", "num_steps", "initial", "num_leapfrog")
+_FILTER_OPTIONS = ("proposal", "resampling", "threshold", "num_repeats")
 _KIND_HELP = "curves, samples, reconstructions, latents, manifold or traversals; may be repeated; by default all."
 _PRIOR_HELP = "Maximum a posteriori: scale of a Gaussian prior on every parameter (the paper: 1)." + (
     " With --bayesian, of the weights' prior, by default 1."
@@ -171,13 +214,21 @@ _LOCAL_HELP = "--bayesian: draw the layers' outputs for each datum, not the weig
 _LEARN_HELP = "--bayesian: learn the scales of the weights' prior (empirical Bayes)."
 _EVALUATE_HELP = "Samples between evaluations; by default an epoch, or a hundredth of the budget."
 _CHECKPOINT_HELP = "Samples between checkpoints; by default at each evaluation, and once a minute."
+_ROWS_HELP = "Which sequences of the split: 0,1,2, or repeated; by default the first three."
+_ARRAYS_HELP = "A .npz file; figures are written beside it. By default RUN/figures/"
+_PATHS_HELP = "Draw from the paths of so many particles; by default from the guide itself, of the prior 1,000."
+_PATH_PROPOSAL_HELP = "guide, or prior: a particle filter that needs no guide; by default the guide," + (
+    " but where there are gaps only one that was trained on gaps."
+)
 
-DatasetName = Annotated[str, _data(help="A name (see `datasets`), a .npy or .npz file, or a folder of images.")]
+DatasetName = Annotated[str, _data(help="A name (see `datasets`), a .npy, .npz or .csv file, or a folder of images.")]
 DataRoot = Annotated[Path | None, _data(help=_ROOT_HELP, envvar="PYRO_VAE_DATA")]
 Binarize = Annotated[str | None, _data(help=_BINARIZE_HELP)]
 LatentDim = Annotated[int, _model(help="Dimension of z.")]
 HiddenDims = Annotated[list[str], _model(help=_HIDDEN_HELP)]
 Likelihood = Annotated[str, _model(help="bernoulli (binary data) or gaussian (data from 0 to 1).")]
+ModelName = Annotated[str, _model(help="vae, or deep-markov of sequences.")]
+ModelDim = Annotated[int | None, _model(help="Dimension of z, of z_t; by default 20, of deep-markov 100.")]
 Activation = Annotated[str, _model(help="tanh, relu or softplus.")]
 Init = Annotated[str, _model(help="default (torch's) or paper: N(0, 0.01).")]
 OptimizerName = Annotated[str, _training(help="Any of torch.optim by name, such as adagrad or adam.")]
@@ -190,10 +241,24 @@ Defensive = Annotated[float | None, _scoring(help="importance: share of draws fr
 NumSteps = Annotated[int | None, _scoring(help="ais: laws between start and posterior.")]
 Initial = Annotated[str | None, _scoring(help="ais: start at draws of the guide or of the prior.")]
 NumLeapfrog = Annotated[int | None, _scoring(help="ais, posterior-density: leapfrog steps of a transition.")]
+Proposal = Annotated[str | None, _scoring(help="smc: propose by the guide or by the prior.")]
+Resampling = Annotated[str | None, _scoring(help="smc: systematic or multinomial.")]
+Threshold = Annotated[float | None, _scoring(help="smc: resample below this share of K, in effective sample size.")]
+NumRepeats = Annotated[int | None, _scoring(help="smc: independent filters, whose estimates are averaged.", min=1)]
 Root = Annotated[Path | None, typer.Option(help=_ROOT_HELP, envvar="PYRO_VAE_DATA")]
 RunPath = Annotated[Path, typer.Argument(help="Directory of a run, as written by train.", metavar="RUN")]
 Seed = Annotated[int, typer.Option(help="Seed of the random numbers.", min=0, max=2**32 - 1)]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.")]
+Rows = Annotated[list[str] | None, typer.Option(help=_ROWS_HELP)]
+Split = Annotated[str, typer.Option(help="train, valid or test.")]
+Draws = Annotated[int, typer.Option(help="Draws of each sequence.", min=1)]
+Particles = Annotated[int, typer.Option(help="Particles of the filter.", min=1)]
+PathProposal = Annotated[str | None, typer.Option("--proposal", help=_PATH_PROPOSAL_HELP)]
+PathParticles = Annotated[int | None, typer.Option(help=_PATHS_HELP, min=1)]
+Variables = Annotated[list[str] | None, typer.Option(help="Which variables to draw: 0,3. By default the first six.")]
+Latents = Annotated[
+    list[str] | None, typer.Option(help="Which latents to draw: 0,3. By default the six that vary most.")
+]
 
 
 @_command("pyro-vae train --dataset mnist --latent-dim 20 --num-samples 1000000 --run-dir runs/mnist", parallel=True)
@@ -202,7 +267,8 @@ def train(
     dataset: DatasetName = "digits",
     root: DataRoot = None,
     binarize: Binarize = None,
-    latent_dim: LatentDim = 20,
+    model: ModelName = "vae",
+    latent_dim: ModelDim = None,
     hidden_dims: HiddenDims = ["500"],  # noqa: B006 - typer copies it
     likelihood: Likelihood = "bernoulli",
     activation: Activation = "tanh",
@@ -210,6 +276,14 @@ def train(
     bayesian: Annotated[str, _model(help=_BAYESIAN_HELP)] = "none",
     local_reparameterization: Annotated[bool, _model("--local-reparameterization", help=_LOCAL_HELP)] = False,
     learn_prior: Annotated[bool, _model("--learn-prior", help=_LEARN_HELP)] = False,
+    transition_dim: Annotated[int | None, _markov(help="Width of the transition's layers; by default 200.")] = None,
+    emission_dim: Annotated[int | None, _markov(help="Width of the emission's layers; by default 100.")] = None,
+    rnn_dim: Annotated[int | None, _markov(help="Width of the guide's recurrent network; by default 600.")] = None,
+    guide: Annotated[str | None, _markov(help="st-r (the default), st-l, st-lr, mf-lr or mf-r.")] = None,
+    emission: Annotated[str | None, _markov(help=_EMISSION_HELP)] = None,
+    cell: Annotated[str | None, _markov(help="tanh (the default), relu, gru or lstm.")] = None,
+    num_flows: Annotated[int | None, _markov(help="Layers of an inverse autoregressive flow; by default none.")] = None,
+    missing: Annotated[bool, _markov("--missing", help="Tell the guide which values were observed.")] = False,
     objective: Annotated[str, _objective(help=_OBJECTIVE_HELP)] = "sgvb",
     num_particles: Annotated[int | None, _objective(help="Draws of z per datum and step (the paper's L).")] = None,
     estimator: Annotated[str | None, _objective(help="sgvb: A samples the KL term, B takes it in closed form.")] = None,
@@ -218,6 +292,8 @@ def train(
     insomnia: Annotated[float | None, _objective(help="reweighted-wake-sleep: share of the wake phase.")] = None,
     num_leapfrog: Annotated[int | None, _objective(help="mcem: leapfrog steps of a transition.")] = None,
     num_updates: Annotated[int | None, _objective(help="mcem: updates for each minibatch's draws.")] = None,
+    threshold: Annotated[float | None, _objective(help="fivo: resample below this share of K.")] = None,
+    resampling: Annotated[str | None, _objective(help="fivo: systematic or multinomial.")] = None,
     kl_warmup: Annotated[int | None, _objective(help="Raise the KL weight from 0 to 1 over so many samples.")] = None,
     prior_scale: Annotated[float | None, _objective(help=_PRIOR_HELP)] = None,
     optimizer: OptimizerName = "adagrad",
@@ -243,7 +319,7 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Train a variational auto-encoder by AEVB (arXiv:1312.6114, Algorithm 1).
+    """Train a variational auto-encoder, or a deep Markov model, by AEVB (arXiv:1312.6114, Algorithm 1).
 
     In several processes or machines: torchrun --nproc-per-node=4 -m pyro_vae train ...
     """
@@ -256,16 +332,18 @@ def train(
     import pyro_vae as pv
     from pyro_vae.parallel import ranks
 
+    _require_own_options(model, given := _set_by_user(context))
     learner = _make_objective(objective, {name: options[name] for name in _OBJECTIVE_OPTIONS})
     data = pv.load_dataset(dataset, root=root, binarize=binarize)  # type: ignore[arg-type]
     torch.manual_seed(seed)  # the initial parameters
-    shape = tuple(data.train.shape[1:])
     weights = _weights(bayesian, options)
-    vae = pv.VAE(shape, latent_dim, _whole_numbers(hidden_dims), likelihood, activation, init, **weights)
+    if model == "vae":
+        _require_no_sequences(data, "model" in given)
+        made = _vae(data, options, weights)
+    else:
+        made = _deep_markov(data, options)
     directory = run_dir or Path("runs", f"{data.name}-{ranks().from_first(lambda: time.strftime('%Y%m%d-%H%M%S'))}")
-    _say(
-        f"training a VAE {shape} -> {latent_dim} on {data.name} ({data.train.shape[0]:,} training data) in {directory}"
-    )
+    _say(f"training {_described(made)} on {data.name} ({data.train.shape[0]:,} training {_units(data)}) in {directory}")
     budget = 1_000_000 if num_samples is None and epochs is None else num_samples
     passed = ("optimizer", "learning_rate", "batch_size", "epochs", "seed", "device", "evaluate_every")
     more = (
@@ -282,7 +360,7 @@ def train(
     if weights:
         settings["prior_scale"] = None  # it is the weights'
     run = pv.fit(
-        vae,
+        made,
         data,
         objective=learner,
         num_samples=budget,
@@ -290,6 +368,83 @@ def train(
         **settings,
     )
     _report_training(type(learner).__name__, run, directory)
+
+
+def _set_by_user(context: typer.Context) -> set[str]:
+    """The options that the command line or a configuration file gives."""
+    given = ("COMMANDLINE", "DEFAULT_MAP")
+    return {name for name in context.params if getattr(context.get_parameter_source(name), "name", "") in given}
+
+
+def _require_own_options(model: str, given: set[str]) -> None:
+    """Refuse what is for the other model."""
+    foreign = {"vae": _DEEP_MARKOV_OPTIONS, "deep-markov": _VAE_OPTIONS}[one_of("--model", model, _MODELS)]
+    if unused := [name for name in foreign if name in given]:
+        other = next(name for name in _MODELS if name != model)
+        flag = unused[0].replace("_", "-")
+        raise ValueError(f"--{flag} is for --model {other}, got --model {model}")
+
+
+def _require_no_sequences(data: Dataset, named: bool) -> None:
+    if data.train_lengths is not None and not named:
+        raise ValueError(f"{data.name} holds sequences: expected --model deep-markov, for the default is --model vae")
+
+
+def _vae(data: Dataset, options: Mapping[str, Any], weights: Mapping[str, Any]) -> Any:
+    import pyro_vae as pv
+
+    shape, latent_dim = tuple(data.train.shape[1:]), options["latent_dim"]
+    latent_dim = 20 if latent_dim is None else latent_dim
+    names = ("likelihood", "activation", "init")
+    return pv.VAE(
+        shape, latent_dim, _whole_numbers(options["hidden_dims"]), *(options[name] for name in names), **weights
+    )
+
+
+def _deep_markov(data: Dataset, options: Mapping[str, Any]) -> Any:
+    """A deep Markov model with the options that were given, for sequences.
+
+    Raises:
+        ValueError: the data are no sequences.
+    """
+    import pyro_vae as pv
+    from pyro_vae.data import DATASETS
+
+    shape = tuple(data.train.shape)
+    named = data.train_lengths is None and (data.name in DATASETS or Path(data.source).is_dir())
+    if named or len(shape) != 3:
+        kind = "no sequences, but data" if data.train_lengths is None else "sequences of steps"
+        raise ValueError(
+            f"--model deep-markov: expected sequences of vectors, (N, T, D), such as jsb-chorales or pendulum; "
+            f"{data.name} holds {kind} of shape {shape[1:] if data.train_lengths is None else shape[2:]}"
+        )
+    names = ("latent_dim", *_DEEP_MARKOV_OPTIONS)
+    given = {name: options[name] for name in names if options[name] is not None}
+    if not given["missing"] and any(data.observed(split) is not None for split in ("train", "valid", "test")):
+        _say(f"{data.name} has gaps: with --missing the guide is told where")
+    return pv.DeepMarkovModel(shape[-1], **{"emission": _emission_of(data.train), **given})
+
+
+def _emission_of(x: Any) -> str:
+    """Bernoulli of numbers 0 and 1, else Gaussian."""
+    binary = (x == 0) | (x == 1) | x.isnan()
+    return "bernoulli" if bool(binary.all()) else "gaussian"
+
+
+def _described(model: Any) -> str:
+    if _is_sequential(model):
+        return f"a deep Markov model {model.data_dim} -> {model.latent_dim}, {model.config['emission']} emissions,"
+    return f"a VAE {tuple(model.data_shape)} -> {model.latent_dim}"
+
+
+def _units(data: Dataset) -> str:
+    return "data" if data.train_lengths is None else "sequences"
+
+
+def _is_sequential(model: Any) -> bool:
+    from pyro_vae.models.state_space import StateSpaceModel
+
+    return isinstance(model, StateSpaceModel)
 
 
 def _weights(bayesian: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -320,7 +475,7 @@ def _make_objective(name: str, options: Mapping[str, Any]) -> Any:
 def _require_options(flag: str, name: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
     """What a name stands for, if it takes the options that were given."""
     taken = inspect.signature(known[one_of(flag, name, known)]).parameters
-    flagged = {"num_particles", *_OBJECTIVE_OPTIONS, *_METHOD_OPTIONS}
+    flagged = {"num_particles", *_OBJECTIVE_OPTIONS, *_METHOD_OPTIONS, *_FILTER_OPTIONS}
     for option in given.keys() - taken.keys():
         flags = ", ".join(f"--{n.replace('_', '-')}" for n in taken if n in flagged) or "none"
         raise ValueError(f"--{option.replace('_', '-')} is not for {flag} {name}, whose options are: {flags}")
@@ -377,14 +532,17 @@ def _report_training(objective: str, run: Run, directory: Path) -> None:
     row = run.kept
     table = Table(title=f"after {row['samples']:,} training samples, {row['seconds']:.0f} s of training")
     quantity = "bound on log p(x)" if row.get("train_log_joint") is None else ""
-    for column in (quantity, "nats per datum", "standard error"):
-        table.add_column(column, justify="right" if column.endswith(("datum", "error")) else "left")
+    steps = ["nats per step"] if any(name.endswith("_per_step") for name in row) else []
+    for column in (quantity, "nats per datum", "standard error", *steps):
+        table.add_column(column, justify="right" if column.endswith(("datum", "error", "step")) else "left")
     if (whole := row.get("dataset_bound")) is not None:
         _say(f"bound on the log evidence of all training data: {whole:,.1f} nats; by datum:")
     for split in ("train", "valid", "test"):
         if (bound := row.get(f"{split}_bound")) is not None:
             error = row.get(f"{split}_bound_se")
-            table.add_row(split, f"{bound:.2f}", "" if error is None else f"{error:.2f}")
+            by_step = row.get(f"{split}_bound_per_step")
+            cells = [] if by_step is None else [f"{by_step:.3f}"]
+            table.add_row(split, f"{bound:.2f}", "" if error is None else f"{error:.2f}", *cells)
     if (log_joint := row.get("train_log_joint")) is not None:  # Monte Carlo EM has no bound
         table.add_row("train, log p(x, z)", f"{log_joint:.2f}", "")
     console.print(table)
@@ -396,7 +554,8 @@ def _report_training(objective: str, run: Run, directory: Path) -> None:
 
     _save(learning_curves(objective, run.history), directory / "figures" / "curves.png")
     scored = f"{directory} {_GUIDELESS}" if row.get("train_log_joint") is not None else directory
-    _say(f"run directory: {directory}\nnext: pyro-vae evaluate {scored}\n      pyro-vae plot {directory}")
+    then = "forecast" if _is_sequential(run.program) else "plot"
+    _say(f"run directory: {directory}\nnext: pyro-vae evaluate {scored}\n      pyro-vae {then} {directory}")
 
 
 @_command("pyro-vae evaluate runs/mnist --num-particles 5000", parallel=True)
@@ -409,6 +568,10 @@ def evaluate(
     num_steps: NumSteps = None,
     initial: Initial = None,
     num_leapfrog: NumLeapfrog = None,
+    proposal: Proposal = None,
+    resampling: Resampling = None,
+    threshold: Threshold = None,
+    num_repeats: NumRepeats = None,
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     num_data: Annotated[int | None, typer.Option(help="Score only the first so many data.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Data at a time.")] = 100,
@@ -418,22 +581,20 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file too.")] = None,
 ) -> None:
     """Score a run: its bound and its log p(x), with standard errors."""
-    from dataclasses import replace
-
     import pyro_vae as pv
     from pyro_vae.evaluation import METHODS
     from pyro_vae.experiments.comparison import write_json
 
     _require_folder("--json", json_file)
-    options = _given(context, _METHOD_OPTIONS)
+    options = _given(context, (*_METHOD_OPTIONS, *_FILTER_OPTIONS))
     _require_options("--method", method, METHODS, options)
     if num_particles is None and method == "importance":
         num_particles = 1000
     stored = _load(run, device)
-    if not stored.has_trained_guide and (method == "importance" or (method == "ais" and initial != "prior")):
+    needs_guide = {"importance": True, "ais": initial != "prior", "smc": proposal != "prior"}
+    if not stored.has_trained_guide and needs_guide.get(method, False):
         raise ValueError(f"{run} trained no guide to draw from: expected {_GUIDELESS} or --method posterior-density")
-    data = _split(stored.dataset(root), split)
-    data = replace(data, test=data.test[:num_data])
+    data = stored.dataset(root).with_test(one_of("--split", split, ("train", "valid", "test")), num_data)
     held_out = split != "train"
     bound = (
         pv.evaluate_bound(stored.program, data, predictive=held_out, seed=seed) if stored.has_trained_guide else None
@@ -441,15 +602,17 @@ def evaluate(
     options |= {"method": method, "num_particles": num_particles}
     score = pv.log_marginal(stored.program, data, batch_size=batch_size, seed=seed, **options)
     table = Table(title=f"{data.name}, {split}: {len(score.values):,} data")
-    for column in ("score", "nats per datum", "standard error"):
+    per_step = score.per_step
+    for column in ("score", "nats per datum", "standard error", *(("nats per step", "its error") if per_step else ())):
         table.add_column(column, justify="left" if column == "score" else "right")
     if bound is not None:
-        table.add_row("lower bound (SGVB)", f"{bound.mean:.2f}", f"{bound.std_error:.2f}")
+        by_step = _cells((bound.per_step, bound.per_step_std_error))
+        table.add_row("lower bound (SGVB)", f"{bound.mean:.2f}", f"{bound.std_error:.2f}", *by_step)
     chosen = "".join(f", {name}={value}" for name, value in score.options.items())
     label = f"log p(x), {method}{chosen}, K = {score.num_particles:,}"
-    table.add_row(label, f"{score.mean:.2f}", f"{score.std_error:.2f}")
+    table.add_row(label, f"{score.mean:.2f}", f"{score.std_error:.2f}", *_cells(per_step or (None, None)))
     console.print(table)
-    if score.num_particles > 1:
+    if not math.isnan(score.mc_error):
         _say(f"Monte Carlo error of log p(x): {score.mc_error:.3f} nats")
     for remark in score.remarks():
         _say(remark)
@@ -470,6 +633,10 @@ def evaluate(
             "median_ess": score.diagnostics["ess"].median().item(),
             "least_ess": score.diagnostics["ess"].min().item(),
         }
+        if per_step is not None and score.num_steps is not None:
+            result |= {"log_marginal_per_step": per_step[0], "log_marginal_per_step_se": per_step[1]}
+            result |= {"num_steps": int(score.num_steps.sum())}
+            result |= {} if bound is None else {"bound_per_step": bound.per_step}
         if "pareto_k" in score.diagnostics:
             result["num_pareto_k_above_0.7"] = score.num_heavy
         write_json(json_file, result)
@@ -547,6 +714,11 @@ def compare(
     _say(f"{directory}: results.json, table.md, curves.png, and a run directory for each training")
 
 
+def _cells(per_step: tuple[float | None, float | None]) -> list[str]:
+    """A mean per step and its standard error in a table; nothing of data that are no sequences."""
+    return [f"{value:.3f}" for value in per_step if value is not None]
+
+
 def _parse_objective(text: str) -> Any:
     """The objective that NAME or NAME:key=value,key=value stands for."""
     from pyro_vae.objectives import OBJECTIVES
@@ -587,33 +759,41 @@ def _require_folder(option: str, file: Path | None) -> None:
 def sample(
     run: RunPath,
     num: Annotated[int, typer.Option(help="How many.", min=1)] = 64,
+    num_steps: Annotated[int | None, typer.Option(help="Of sequences: steps of each, by default 100.", min=1)] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="A .png (mosaic) or .npy file; by default RUN/figures/samples.png."),
+        typer.Option(help="A .png or .npy file; by default RUN/figures/samples.png, and .npy of sequences."),
     ] = None,
     mean: Annotated[bool, typer.Option("--mean/--draw", help="Means of p(x | z), or draws of x.")] = True,
     device: Device = None,
     seed: Seed = 0,
 ) -> None:
-    """Draw data from a trained model."""
+    """Draw data from a trained model: images, or sequences of --num-steps steps."""
     import numpy as np
     import torch
 
     from pyro_vae.gallery import as_images
     from pyro_vae.plots import plot_samples
+    from pyro_vae.sequence_gallery import draw_samples
 
     if output is not None and output.suffix not in (".png", ".npy"):
         raise ValueError(f"--output: expected a file ending in .png or .npy, got {output}")
     _require_folder("--output", output)
     stored = _load(run, device)
+    sequential = _is_sequential(stored.program)
+    if num_steps is not None and not sequential:
+        raise ValueError(f"--num-steps is for models of sequences, and {run} holds none")
     torch.manual_seed(seed)
-    x = stored.program.sample(num, mean=mean).cpu()
-    file = output or stored.path / "figures" / "samples.png"
-    if file.suffix == ".npy":
-        np.save(file, x.numpy())
-    else:
-        _save(plot_samples(as_images(x)), file)
-    _say(f"wrote {file}")
+    steps = {"num_steps": num_steps or 100} if sequential else {}
+    x = stored.program.sample(num, mean=mean, **steps).cpu()
+    default = stored.path / "figures" / "samples.png"
+    for file in [output] if output else [default.with_suffix(".npy"), default] if sequential else [default]:
+        if file.suffix == ".npy":
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.save(file, x.numpy())
+        else:
+            _save(draw_samples(x.numpy()) if sequential else plot_samples(as_images(x)), file)
+        _say(f"wrote {file}")
 
 
 @_command("pyro-vae plot runs/mnist --kind curves --kind samples")
@@ -644,6 +824,159 @@ def plot(
             _say(f"wrote {file}")
 
 
+@_command("pyro-vae forecast runs/pendulum --rows 0,1 --start 30 --horizon 20")
+def forecast(
+    run: RunPath,
+    split: Split = "test",
+    rows: Rows = None,
+    horizon: Annotated[
+        int | None, typer.Option(help="Steps; by default 10, with --start to the sequences' end.", min=1)
+    ] = None,
+    start: Annotated[
+        int | None, typer.Option(help="Forecast from this step on, and lay the truth beside; else from the end.", min=1)
+    ] = None,
+    num_samples: Draws = 1000,
+    num_particles: Particles = 1000,
+    variables: Variables = None,
+    output: Annotated[Path | None, typer.Option(help=_ARRAYS_HELP + "forecast.npz.")] = None,
+    root: Root = None,
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Forecast sequences by a model of them: draws, means, quantiles and pictures."""
+    chosen = _numbers("--variables", variables)
+    gallery = _sequences(run, output, device, root=root, split=split, rows=_numbers("--rows", rows), seed=seed)
+    found = gallery.forecast(
+        horizon, start=start, num_samples=num_samples, num_particles=num_particles, variables=chosen
+    )
+    _write(found, output or run / "figures" / "forecast.npz")
+
+
+@_command("pyro-vae smooth runs/pendulum --rows 0,1 --latents 0,2")
+def smooth(
+    run: RunPath,
+    split: Split = "test",
+    rows: Rows = None,
+    num_samples: Draws = 100,
+    num_particles: PathParticles = None,
+    proposal: PathProposal = None,
+    latents: Latents = None,
+    output: Annotated[Path | None, typer.Option(help=_ARRAYS_HELP + "smooth.npz.")] = None,
+    root: Root = None,
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Infer latents given whole sequences: draws of their paths, means, quantiles and pictures."""
+    chosen = _numbers("--latents", latents)
+    _require_proposal(proposal)
+    gallery = _sequences(run, output, device, root=root, split=split, rows=_numbers("--rows", rows), seed=seed)
+    found = gallery.smooth(num_samples=num_samples, num_particles=num_particles, proposal=proposal, latents=chosen)
+    _write(found, output or run / "figures" / "smooth.npz")
+
+
+@_command("pyro-vae filter runs/pendulum --rows 0,1 --num-particles 5000", name="filter")
+def filter_(
+    run: RunPath,
+    split: Split = "test",
+    rows: Rows = None,
+    num_samples: Draws = 100,
+    num_particles: Particles = 1000,
+    latents: Latents = None,
+    output: Annotated[Path | None, typer.Option(help=_ARRAYS_HELP + "filter.npz.")] = None,
+    root: Root = None,
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Infer latents step by step, given no later observations: draws, means, quantiles and pictures."""
+    chosen = _numbers("--latents", latents)
+    gallery = _sequences(run, output, device, root=root, split=split, rows=_numbers("--rows", rows), seed=seed)
+    found = gallery.filter(num_samples=num_samples, num_particles=num_particles, latents=chosen)
+    _write(found, output or run / "figures" / "filter.npz")
+
+
+@_command("pyro-vae fill runs/pendulum --drop 0.3")
+def fill(
+    run: RunPath,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="A .npy file of bool, (N, T) or (N, T, D) of the split or of the rows: True may be seen."),
+    ] = None,
+    drop: Annotated[float | None, typer.Option(help="Hide this share of the steps, at random.")] = None,
+    split: Split = "test",
+    rows: Rows = None,
+    num_samples: Draws = 100,
+    num_particles: PathParticles = None,
+    proposal: PathProposal = None,
+    variables: Variables = None,
+    output: Annotated[Path | None, typer.Option(help=_ARRAYS_HELP + "fill.npz.")] = None,
+    root: Root = None,
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Fill gaps in sequences: those the data have, and those of --mask or --drop, with the truth beside."""
+    from pyro_vae.arguments import probability
+    from pyro_vae.sequence_gallery import read_mask
+
+    if mask is not None and drop is not None:
+        raise ValueError("expected --mask or --drop, got both")
+    if drop is not None:
+        probability("--drop", drop)
+    _require_proposal(proposal)
+    visible = None if mask is None else read_mask(mask)
+    chosen = _numbers("--variables", variables)
+    gallery = _sequences(run, output, device, root=root, split=split, rows=_numbers("--rows", rows), seed=seed)
+    found = gallery.fill(
+        mask=visible,
+        drop=drop,
+        num_samples=num_samples,
+        num_particles=num_particles,
+        proposal=proposal,
+        variables=chosen,
+    )
+    _write(found, output or run / "figures" / "fill.npz")
+
+
+def _require_proposal(proposal: str | None) -> None:
+    if proposal is not None:
+        one_of("--proposal", proposal, ("guide", "prior"))
+
+
+def _numbers(flag: str, texts: list[str] | None) -> tuple[int, ...] | None:
+    if not texts:
+        return None
+    numbers = _whole_numbers(texts, flag, "0 or 0,1,2")
+    if not numbers or min(numbers) < 0:
+        raise ValueError(f"{flag}: expected whole numbers of at least 0, got {','.join(texts)!r}")
+    return numbers
+
+
+def _sequences(run: Path, output: Path | None, device: str | None, **options: Any) -> SequenceGallery:
+    """What there is to say of a run's sequences; what cannot be is refused first."""
+    from pyro_vae.sequence_gallery import SequenceGallery
+
+    if output is not None and output.suffix != ".npz":
+        raise ValueError(f"--output: expected a file ending in .npz, got {output}")
+    _require_folder("--output", output)
+    one_of("--split", options["split"], ("train", "valid", "test"))
+    return SequenceGallery(_load(run, device), **options)
+
+
+def _write(found: Findings, file: Path) -> None:
+    """Write arrays, and a picture of each row beside them."""
+    import numpy as np
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = found.arrays
+    np.savez_compressed(file, **arrays)
+    _say(f"wrote {file}: {', '.join(f'{name} {array.shape}' for name, array in arrays.items())}")
+    for row, figure in found.figures.items():
+        picture = file.with_name(f"{file.stem}-row{row}.png")
+        _save(figure, picture)
+        _say(f"wrote {picture}")
+    for remark in found.remarks:
+        _say(remark)
+
+
 @_command("pyro-vae datasets --root /data")
 def datasets(root: Root = None) -> None:
     """List the data sets that train knows by name."""
@@ -656,11 +989,13 @@ def datasets(root: Root = None) -> None:
     for name, info in DATASETS.items():
         sizes = "/".join(f"{size:,}" for size in info.sizes)
         on_disk = "yes" if is_available(name, root) else "no"
-        table.add_row(name, "x".join(map(str, info.shape)), sizes, info.binarize, on_disk)
+        longest = () if info.num_steps is None else (f"T={max(info.num_steps):,}",)
+        table.add_row(name, "x".join(map(str, (*longest, *info.shape))), sizes, info.binarize, on_disk)
     console.print(table)
     for name, info in DATASETS.items():
         console.print(f"[bold]{name}[/]: {info.split} {info.citation}.")
-    console.print("or the path of a .npy or .npz file or of a folder of images")
+    console.print("T: steps of the longest sequence; the others are padded, and come with their lengths")
+    console.print("or the path of a .npy, .npz or .csv file or of a folder of images")
 
 
 def _load(run: Path, device: str | None) -> StoredRun:
@@ -671,14 +1006,6 @@ def _load(run: Path, device: str | None) -> StoredRun:
     if device is not None:
         move_to(stored.program, device)
     return stored
-
-
-def _split(data: Dataset, split: str) -> Dataset:
-    """The data set with the wanted split in the place of its test split."""
-    from dataclasses import replace
-
-    one_of("--split", split, ("train", "valid", "test"))
-    return replace(data, test=getattr(data, split), test_labels=getattr(data, f"{split}_labels"))
 
 
 def _save(figure: Figure, file: Path) -> None:

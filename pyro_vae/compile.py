@@ -83,6 +83,11 @@ class Graph:
     def __len__(self) -> int:
         return len(self.module.graph.nodes)
 
+    @property
+    def draws(self) -> bool:
+        """Whether there are random draws among the operations."""
+        return any(map(_draws, self.module.graph.nodes))
+
     def compiled(self, inputs: Sequence[Tensor]) -> Graph:
         """The same graph, compiled by Inductor.
 

@@ -39,7 +39,9 @@ class Gallery:
 
     def missing(self) -> dict[str, str]:
         """The kinds that do not apply to the run, and what they need."""
-        needs = {}
+        needs: dict[str, str] = {}
+        if not hasattr(self.model, "data_shape"):  # of sequences, which have pictures of their own
+            return dict.fromkeys(KINDS[1:], "a VAE; of a model of sequences see sample, forecast, smooth, filter, fill")
         if not is_image(self.model.data_shape):
             needs = dict.fromkeys(
                 ("samples", "reconstructions", "manifold", "traversals"), "images (H, W) or (H, W, C)"

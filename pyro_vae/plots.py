@@ -18,11 +18,14 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from scipy.stats import binom, norm
 
 __all__ = [
+    "fan_chart",
     "latent_grid",
+    "latent_paths",
+    "piano_roll",
     "plot_comparison",
     "plot_latents",
     "plot_learning_curves",
@@ -30,6 +33,7 @@ __all__ = [
     "plot_rank_histograms",
     "plot_reconstructions",
     "plot_samples",
+    "plot_sequences",
     "plot_traversals",
 ]
 
@@ -55,6 +59,8 @@ MAX_CLASSES = len(POINT_COLOURS) * len(MARKERS)
 METHODS = ("auto", "pca", "tsne")
 TSNE_LIMIT = 5000  # points; t-SNE takes about half a minute there
 MAX_PANELS = 100
+_MAX_VARIABLES = 20  # of sequences, one above another
+_KEYS, _LOWEST = 88, 21  # of a piano: columns of a roll, and the MIDI note of the first, A0
 CURVE_KEYS = ("samples", "train_bound", "test_bound", "test_bound_se")
 
 
@@ -722,3 +728,298 @@ def _rank_panels(ranks: Any, num_draws: int) -> dict[str, Floats]:
     if len(panels) > MAX_PANELS:
         raise ValueError(f"ranks: expected at most {MAX_PANELS} dimensions, came {len(panels)}: choose some of them")
     return panels
+
+
+# ---- Sequences
+
+
+@_styled
+def plot_sequences(x: npt.ArrayLike, *, names: Sequence[str] | None = None, title: str | None = None) -> Figure:
+    """Draw sequences as lines, one above another in a panel per variable.
+
+    Args:
+        x: Sequences (n, T, D), D at most 20; NaN where there is nothing to draw.
+        names: D names of the variables; by default x[0], x[1], ...
+        title: Title, if any.
+
+    Returns:
+        A figure with D axes, each of n lines.
+
+    Raises:
+        ValueError: If `x` has another shape or infinite values, or the names do not agree with it.
+
+    Source: draws from the model of Krishnan, Shalit & Sontag, arXiv:1609.09869, section 3.
+
+    >>> figure = plot_sequences(np.zeros((4, 9, 2)))
+    >>> [(axes.get_ylabel(), len(axes.lines)) for axes in figure.axes]
+    [('x[0]', 4), ('x[1]', 4)]
+    """
+    array = _as_steps("x", x, "n, T, D")
+    figure, panels = _variable_panels(array.shape[-1], names, "x", title)
+    for values, axes in zip(np.moveaxis(array, -1, 0), panels, strict=True):
+        for i, line in enumerate(values):
+            axes.plot(line, color=LINE_COLOURS[i % len(LINE_COLOURS)], lw=1.0, marker=_lone(line), ms=2.5)
+    return figure
+
+
+@_styled
+def fan_chart(
+    history: npt.ArrayLike,
+    truth: npt.ArrayLike | None,
+    draws: npt.ArrayLike,
+    *,
+    start: int | None = None,
+    names: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Draw what draws say of a sequence: their median in bands that hold 50 % and 90 % of them, over what was observed.
+
+    Args:
+        history: What was observed (T, D), D at most 20; NaN where nothing was. T may be 0.
+        truth: What the draws are of, as far as it is known, (n, D), n at most H; NaN where it is not. Or None.
+        draws: Draws (S, H, D): of the steps to come, or of steps that have gaps.
+        start: The step of the first of the draws, counted from 0; by default T, after the history.
+        names: D names of the variables; by default x[0], x[1], ...
+        title: Title, if any.
+
+    Returns:
+        A figure with an axes per variable on a common axis of steps, and the legend above.
+
+    Raises:
+        ValueError: If shapes do not agree, or draws are not finite.
+
+    Source: intervals of the forecasts of Krishnan, Shalit & Sontag, arXiv:1609.09869, whose model section 3 defines.
+
+    >>> figure = fan_chart(np.zeros((5, 1)), np.zeros((3, 1)), np.arange(40.0).reshape(10, 4, 1))
+    >>> median, = [line for line in figure.axes[0].lines if line.get_label() == "median"]
+    >>> median.get_xdata().tolist()
+    [5.0, 6.0, 7.0, 8.0]
+    """
+    drawn = _as_steps("draws", draws, "S, H, D")
+    _require_finite("draws", drawn)
+    observed = _as_steps("history", history, "T, D", empty=True)
+    known = np.full_like(drawn[0], np.nan) if truth is None else _as_steps("truth", truth, "n, D", empty=True)
+    first = len(observed) if start is None else start
+    if not isinstance(first, (int, np.integer)) or isinstance(first, bool) or first < 0:
+        raise ValueError(f"start: expected an integer >= 0, came {start!r}")
+    for name, array in (("history", observed), ("truth", known)):
+        if array.shape[-1] != drawn.shape[-1]:
+            raise ValueError(f"{name}: expected the {drawn.shape[-1]} variables of draws, came shape {array.shape}")
+    if len(known) > drawn.shape[1]:
+        raise ValueError(f"truth: expected at most the {drawn.shape[1]} steps of draws, came shape {known.shape}")
+    figure, panels = _variable_panels(drawn.shape[-1], names, "x", title)
+    quantiles = np.quantile(drawn, (0.05, 0.25, 0.5, 0.75, 0.95), axis=0)
+    steps = np.arange(first, first + drawn.shape[1], dtype=float)
+    for d, axes in enumerate(panels):
+        _draw_bands(axes, steps, quantiles[[0, 1, 3, 4], :, d], (0.05, 0.25, 0.75, 0.95))
+        _draw_line(axes, steps, quantiles[2, :, d], color=LINE_COLOURS[0], lw=1.3, label="median")
+        _draw_observed(axes, 0, observed[:, d], "observed", "0.15", "o")
+        _draw_observed(axes, first, known[:, d], "truth", LINE_COLOURS[1], "x")
+    _legend_above(figure, panels[0])
+    return figure
+
+
+@_styled
+def latent_paths(
+    means: npt.ArrayLike,
+    quantiles: npt.ArrayLike,
+    *,
+    levels: Sequence[float] = (0.05, 0.25, 0.75, 0.95),
+    names: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Draw where latents are, step by step: their means in bands between quantiles.
+
+    Args:
+        means: Means (T, J), J at most 20; NaN where there is nothing to draw.
+        quantiles: Quantiles (Q, T, J) at the levels.
+        levels: Q increasing levels between 0 and 1; a band lies between the first and the last, and so on inwards.
+            The one in the middle of an odd number is left out.
+        names: J names of the latents; by default z[0], z[1], ...
+        title: Title, if any.
+
+    Returns:
+        A figure with an axes per latent on a common axis of steps, and the legend above.
+
+    Raises:
+        ValueError: If shapes do not agree, or the levels do not increase.
+
+    Source: the posterior of Krishnan, Shalit & Sontag, arXiv:1609.09869, section 4.
+
+    >>> means = np.zeros((5, 2))
+    >>> figure = latent_paths(means, [means - 1, means + 1], levels=(0.1, 0.9))
+    >>> [axes.get_ylabel() for axes in figure.axes], figure.legends[0].get_texts()[0].get_text()
+    (['z[0]', 'z[1]'], '80 % interval')
+    """
+    centre, edges = _as_steps("means", means, "T, J"), _as_steps("quantiles", quantiles, "Q, T, J")
+    places = _vector("levels", levels)
+    if (np.diff(places) <= 0).any() or places[0] <= 0 or places[-1] >= 1:
+        raise ValueError(f"levels: expected increasing numbers between 0 and 1, came {list(levels)}")
+    if edges.shape != (len(places), *centre.shape):
+        expected = (len(places), *centre.shape)
+        raise ValueError(f"quantiles: expected shape {expected}, levels first, came {edges.shape}")
+    figure, panels = _variable_panels(centre.shape[-1], names, "z", title)
+    steps = np.arange(len(centre), dtype=float)
+    for j, axes in enumerate(panels):
+        _draw_bands(axes, steps, edges[..., j], places)
+        _draw_line(axes, steps, centre[:, j], color=LINE_COLOURS[0], lw=1.3, label="mean")
+    _legend_above(figure, panels[0])
+    return figure
+
+
+@_styled
+def piano_roll(
+    x: npt.ArrayLike | Sequence[npt.ArrayLike],
+    labels: Sequence[str] | None = None,
+    *,
+    start: int | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Show piano rolls one above another, time to the right and pitch upwards, the darker the likelier a note sounds.
+
+    Column k of a roll is MIDI note 21 + k, from A0 to C8; C4 is note 60. Only the octaves in which some note of some
+    roll is at least 0.1 are shown.
+
+    Args:
+        x: A roll (T, 88), or several, which may be of unequal length: numbers from 0 to 1. NaN, where nothing was
+            observed, is shaded.
+        labels: A title for each roll.
+        start: A step at which to draw a dashed line, such as the first of a forecast.
+        title: Title, if any.
+
+    Returns:
+        A figure with an axes per roll, on common axes.
+
+    Raises:
+        ValueError: If a roll is of another shape or its values are out of range, or the labels do not agree.
+
+    Source: piano rolls as of Boulanger-Lewandowski, Bengio & Vincent, arXiv:1206.6392.
+
+    >>> roll = np.zeros((8, 88))
+    >>> roll[:, [39, 43]] = 1  # C4 and E4
+    >>> [label.get_text() for label in piano_roll(roll).axes[0].get_yticklabels()]
+    ['C4', 'C5']
+    """
+    rolls = _as_rolls(x)
+    if labels is not None and len(labels) != len(rolls):
+        raise ValueError(f"labels: expected one for each of {len(rolls)} rolls, came {len(labels)}")
+    longest = max(len(roll) for roll in rolls)
+    low, high = _octaves(rolls)
+    octaves = np.arange(-(-low // 12) * 12, high + 1, 12)
+    size = float(np.clip(0.05 * longest, 4.6, 9)), 0.5 + len(rolls) * max(0.9, 0.03 * (high - low))
+    figure = Figure(figsize=size, layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize="medium")
+    colours = mpl.colormaps["Greys"].with_extremes(bad="#F3DDBE")
+    panels = figure.subplots(len(rolls), sharex=True, sharey=True, squeeze=False)[:, 0]
+    for i, (roll, axes) in enumerate(zip(rolls, panels, strict=True)):
+        extent = (-0.5, len(roll) - 0.5, _LOWEST - 0.5, _LOWEST + _KEYS - 0.5)
+        masked = np.ma.masked_invalid(roll.T)
+        axes.imshow(
+            masked, cmap=colours, vmin=0, vmax=1, origin="lower", aspect="auto", extent=extent, interpolation="none"
+        )
+        axes.set_title("" if labels is None else labels[i], loc="left", fontsize=8)
+        axes.grid(visible=False)
+        axes.hlines(octaves - 0.5, -0.5, longest - 0.5, color="0.85", lw=0.6, zorder=1)  # below each C
+        if start is not None:
+            axes.axvline(start - 0.5, color=LINE_COLOURS[1], lw=1.0, ls=DASHES[1])
+    panels[0].set_yticks(octaves, [f"C{note // 12 - 1}" for note in octaves])
+    panels[0].set_xlim(-0.5, longest - 0.5)
+    panels[0].set_ylim(low - 0.5, high + 0.5)
+    panels[-1].set_xlabel("step")
+    return figure
+
+
+def _as_rolls(x: Any) -> list[Floats]:
+    if isinstance(x, np.ndarray):
+        return [_as_roll(x)] if x.ndim < 3 else [_as_roll(roll) for roll in x]
+    if not isinstance(x, (list, tuple)) or not x:
+        raise ValueError(f"x: expected a piano roll (T, {_KEYS}) or a list of them, came {type(x)}, maybe empty")
+    return [_as_roll(np.asarray(x))] if np.ndim(x[0]) < 2 else [_as_roll(roll) for roll in x]
+
+
+def _as_roll(roll: npt.ArrayLike) -> Floats:
+    array = np.asarray(roll)
+    if array.ndim != 2 or array.shape[1] != _KEYS or array.size == 0 or array.dtype.kind not in "biuf":
+        raise ValueError(f"x: expected piano rolls of shape (T, {_KEYS}), came {array.dtype} {array.shape}")
+    array = array.astype(float)
+    known = array[~np.isnan(array)]
+    if known.size and (known.min() < 0 or known.max() > 1):
+        raise ValueError(f"x: expected numbers from 0 to 1, came values from {known.min():.4g} to {known.max():.4g}")
+    return array
+
+
+def _octaves(rolls: Sequence[Floats]) -> tuple[int, int]:
+    """The lowest and the highest note of the octaves, from a C to the next, that hold what sounds in any roll."""
+    sounding = np.flatnonzero(np.any([(roll >= 0.1).any(0) for roll in rolls], axis=0)) + _LOWEST
+    if not sounding.size:
+        return _LOWEST, _LOWEST + _KEYS - 1
+    low, high = int(sounding.min()) // 12 * 12, -(-int(sounding.max() + 1) // 12) * 12
+    return max(low, _LOWEST), min(high, _LOWEST + _KEYS - 1)
+
+
+def _as_steps(name: str, values: npt.ArrayLike, dims: str, *, empty: bool = False) -> Floats:
+    array = np.asarray(values)
+    wrong = array.ndim != len(dims.split(", ")) or array.shape[-1] == 0 or (array.size == 0 and not empty)
+    if wrong or array.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: expected numbers of shape ({dims}), came {array.dtype} {array.shape}")
+    if np.isinf(array).any():
+        raise ValueError(f"{name}: expected no infinite values, came {int(np.isinf(array).sum())} of them")
+    return array.astype(float)
+
+
+def _variable_panels(
+    count: int, names: Sequence[str] | None, letter: str, title: str | None
+) -> tuple[Figure, list[Axes]]:
+    """An axes for each variable, one above another on a common axis of steps."""
+    if count > _MAX_VARIABLES:
+        raise ValueError(f"expected at most {_MAX_VARIABLES} variables, came {count}: choose some of them")
+    if names is not None and len(names) != count:
+        raise ValueError(f"names: expected one for each of {count} variables, came {len(names)}")
+    figure = Figure(figsize=(6.0, 1.1 * count + 0.9), layout="constrained")
+    panels: list[Axes] = list(figure.subplots(count, sharex=True, squeeze=False)[:, 0])
+    panels[0].set_title(title or "")
+    for i, axes in enumerate(panels):
+        axes.set_ylabel(f"{letter}[{i}]" if names is None else names[i])
+    figure.align_ylabels(panels)
+    panels[-1].set_xlabel("step")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, panels
+
+
+def _draw_bands(axes: Axes, steps: Floats, quantiles: Floats, levels: Sequence[float] | Floats) -> None:
+    """Bands between the outermost quantiles (Q, T), the next ones inwards, and so on."""
+    for i in range(len(quantiles) // 2):
+        x, low, high = _widened(steps, quantiles[i], quantiles[-1 - i])
+        label = f"{100 * (levels[-1 - i] - levels[i]):.3g} % interval"
+        shade = 0.2 + 0.3 * (i > 0)
+        axes.fill_between(x, low, high, color=LINE_COLOURS[0], alpha=shade, linewidth=0, label=label)
+
+
+def _draw_line(axes: Axes, steps: Floats, values: Floats, **style: Any) -> None:
+    axes.plot(*_widened(steps, values), **style)
+
+
+def _widened(steps: Floats, *values: Floats) -> tuple[Floats, ...]:
+    """A single step has no width: it is drawn half a step to either side."""
+    if len(steps) > 1:
+        return steps, *values
+    return np.array([steps[0] - 0.5, steps[0] + 0.5]), *(np.repeat(value, 2) for value in values)
+
+
+def _draw_observed(axes: Axes, first: int, values: Floats, label: str, colour: str, marker: str) -> None:
+    if np.isfinite(values).any():
+        size = 2.0 if marker == "o" else 3.0
+        steps = np.arange(first, first + len(values))
+        axes.plot(steps, values, color=colour, lw=0.5, marker=marker, ms=size, mew=0.8, label=label)
+
+
+def _lone(values: Floats) -> str | None:
+    """A marker for a line in which some point has no neighbour, and would be invisible."""
+    known = np.isfinite(np.pad(values, 1, constant_values=np.nan))
+    return "o" if (known[1:-1] & ~known[:-2] & ~known[2:]).any() else None
+
+
+def _legend_above(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, columnspacing=1.2)

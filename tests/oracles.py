@@ -67,6 +67,79 @@ def linear_gaussian(weight: Tensor, bias: Tensor, noise_scale: Tensor | float) -
     return Gaussian.of_noise(torch.cat([torch.zeros(J), bias]), root)
 
 
+# Linear-Gaussian state-space models -----------------------------------------------------------------------------------
+
+
+@dataclass
+class StateSpace:
+    """z_1 = initial e_1, z_t = transition z_{t-1} + process e_t, x_t = emission z_t + noise f_t; e, f standard normal.
+
+    ``transition``, ``process`` and ``initial`` are (J, J), ``emission`` (D, J), ``noise`` (D,). Everything follows from
+    one dense joint Gaussian of all steps.
+    """
+
+    transition: Tensor
+    process: Tensor
+    emission: Tensor
+    noise: Tensor
+    initial: Tensor
+
+    def joint(self, num_steps: int) -> Gaussian:
+        """The law of (z_1, ..., z_T, x_1, ..., x_T), flat."""
+        J, D, T = len(self.transition), len(self.emission), num_steps
+        rows = [torch.zeros(J, T * J + T * D)]
+        for t in range(T):
+            row = self.transition @ rows[-1]
+            row[:, t * J : (t + 1) * J] += self.initial if t == 0 else self.process
+            rows.append(row)
+        emitted = [self.emission @ row for row in rows[1:]]
+        for t, row in enumerate(emitted):
+            row[:, T * J + t * D : T * J + (t + 1) * D] += self.noise.diag()
+        root = torch.cat([*rows[1:], *emitted])
+        return Gaussian.of_noise(torch.zeros(len(root)), root)
+
+    def _of_observed(self, x: Tensor, seen: Tensor) -> tuple[Gaussian, Tensor]:
+        """The law of the latents and of what is observed of x (T, D), and its values."""
+        joint, latent = self.joint(len(x)), len(x) * len(self.transition)
+        kept = torch.cat([torch.arange(latent), latent + seen.flatten().nonzero()[:, 0]])
+        return Gaussian(joint.mean[kept], joint.cov[kept][:, kept]), x.flatten()[seen.flatten()]
+
+    def log_marginal(self, x: Tensor, lengths: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
+        """log p(x) of sequences (M, T, D), (M,), of which only the first steps count, and what was seen (M, T, D)."""
+        lengths = torch.full(x.shape[:1], x.shape[1]) if lengths is None else lengths
+        seen = torch.ones_like(x, dtype=torch.bool) if seen is None else seen
+        found = []
+        for row, n, mask in zip(x, lengths.tolist(), seen, strict=True):
+            law, values = self._of_observed(row[:n], mask[:n])
+            found.append(law.last(len(values)).log_prob(values))
+        return torch.stack(found)
+
+    def smoothed(self, x: Tensor) -> Gaussian:
+        """p(z | x) of one sequence (T, D), flat."""
+        law, values = self._of_observed(x, torch.ones_like(x, dtype=torch.bool))
+        return law.given_last(values)
+
+    def filter_means(self, x: Tensor) -> Tensor:
+        """E[z_t | x_1, ..., x_t] of one sequence (T, D): (T, J)."""
+        J = len(self.transition)
+        return torch.stack([self.smoothed(x[: t + 1]).mean[-J:] for t in range(len(x))])
+
+
+def hidden_markov_log_marginal(start: Tensor, transition: Tensor, log_likelihood: Tensor) -> Tensor:
+    """log p(x) by a sum over all C^T paths of a chain on C states.
+
+    Args:
+        start: (C,).
+        transition: rows of probabilities, (C, C).
+        log_likelihood: of x_t in each state, (T, C).
+    """
+    total = torch.zeros(())
+    for path in torch.cartesian_prod(*[torch.arange(len(start))] * len(log_likelihood)):
+        moves = transition[path[:-1], path[1:]].prod()
+        total = total + start[path[0]] * moves * log_likelihood[torch.arange(len(path)), path].sum().exp()
+    return total.log()
+
+
 # Quadrature -----------------------------------------------------------------------------------------------------------
 
 
@@ -495,3 +568,77 @@ def regression(inputs: Tensor, prior_scale: Tensor | float, noise: Tensor | floa
         ]
     )
     return Gaussian.of_noise(torch.zeros(J + N), root)
+
+
+# Sequences ------------------------------------------------------------------------------------------------------------
+
+
+def linear_dynamics(
+    A: Tensor, drift: Tensor, Q: Tensor, first: Gaussian, C: Tensor, d: Tensor, noise_scale: Tensor
+) -> Gaussian:
+    """The joint of (z_1, ..., z_T, x_1, ..., x_T) of one sequence: each a matrix of all noise there is.
+
+    z_1 ~ first, z_t = A z_{t-1} + drift_t + N(0, Q), x_t = C z_t + d + N(0, noise_scale^2); drift (T, J), its first
+    row is not read.
+    """
+    (D, J), T = C.shape, len(drift)
+    size = T * (J + D)
+    means, roots = [first.mean], [torch.zeros(J, size)]
+    roots[0][:, :J] = torch.linalg.cholesky(first.cov)
+    for t in range(1, T):
+        means.append(A @ means[-1] + drift[t])
+        roots.append(A @ roots[-1])
+        roots[-1][:, t * J : (t + 1) * J] += torch.linalg.cholesky(Q)
+    for t in range(T):
+        means.append(C @ means[t] + d)
+        roots.append(C @ roots[t])
+        roots[-1][:, T * J + t * D : T * J + (t + 1) * D] += torch.diag(noise_scale)
+    return Gaussian.of_noise(torch.cat(means), torch.cat(roots))
+
+
+def switching_paths(
+    z: Tensor, first: Tensor, moves: Tensor, means: Tensor, scales: Tensor, A: Tensor, b: Tensor, Q: Tensor
+) -> Tensor:
+    """log p(s, z) of one path z (T, J) with every path s of regimes, (S,) * T.
+
+    p(s_1) = first, p(s_t | s_{t-1}) = moves, z_1 ~ N(means_s, diag(scales_s)^2), z_t ~ N(A_s z_{t-1} + b_s, Q_s).
+    """
+    S, T = len(first), len(z)
+    found = torch.zeros((S,) * T)
+    for s in np.ndindex(*found.shape):
+        term = first[s[0]].log() + Gaussian(means[s[0]], torch.diag(scales[s[0]] ** 2)).log_prob(z[0])
+        for t in range(1, T):
+            law = Gaussian(A[s[t]] @ z[t - 1] + b[s[t]], Q[s[t]])
+            term = term + moves[s[t - 1], s[t]].log() + law.log_prob(z[t])
+        here = torch.zeros_like(found)
+        here[s] = 1.0
+        found = found + here * term
+    return found
+
+
+def volatility_log_marginal(x: np.ndarray, mu: float, phi: float, sigma: float, points: int = 400) -> float:
+    """log p(x) of returns (T,) with h_t = mu + phi (h_{t-1} - mu) + sigma e_t and x_t ~ N(0, exp(h_t)), on a grid of h.
+
+    NaN is a return that was not observed.
+    """
+    spread = sigma / math.sqrt(1 - phi**2)
+    h = np.linspace(mu - 9 * spread, mu + 9 * spread, points)
+    step = h[1] - h[0]
+
+    def log_normal(value, mean, scale):
+        return -0.5 * ((value - mean) / scale) ** 2 - np.log(scale) - 0.5 * math.log(2 * math.pi)
+
+    log_p = log_normal(h, mu, spread)  # density of h_t and x_1, ..., x_{t-1}
+    move = log_normal(h[None, :], mu + phi * (h[:, None] - mu), sigma)
+    for t, value in enumerate(x):
+        if t:
+            log_p = log_sum_exp_of(log_p[:, None] + move) + math.log(step)
+        if not np.isnan(value):
+            log_p = log_p + log_normal(value, 0.0, np.exp(h / 2))
+    return float(log_sum_exp_of(log_p) + math.log(step))
+
+
+def log_sum_exp_of(terms: np.ndarray) -> np.ndarray:
+    """Over the first axis."""
+    top = terms.max(0)
+    return top + np.log(np.exp(terms - top).sum(0))

@@ -11,28 +11,30 @@ PACKAGE = Path(__file__).parents[1] / "pyro_vae"
 PICTURE: dict[str, set[str]] = {
     "arguments": set(),
     "numerics": set(),
-    "networks": set(),
+    "networks": {"recurrence"},
     "data": set(),
     "plots": set(),
     "parallel": set(),
-    "distributions": {"numerics"},
-    "programs": {"numerics"},
+    "recurrence": {"numerics", "compile"},
+    "distributions": {"numerics", "recurrence"},
+    "programs": {"numerics", "distributions"},
     "compile": {"numerics"},
     "hmc": {"numerics", "programs"},
-    "smc": {"numerics", "programs"},
+    "smc": {"numerics", "programs", "distributions"},
     "inputs": {"programs", "data"},
-    "models": {"networks", "distributions", "programs"},
+    "models": {"networks", "distributions", "programs", "smc", "recurrence"},
     "objectives": {"programs", "hmc", "smc", "numerics"},
     "evaluation": {"objectives", "programs", "hmc", "smc", "compile", "numerics", "inputs", "data"},
     "tasks": {"programs", "hmc", "inputs", "data"},
     "training": {"evaluation", "objectives", "compile", "programs", "inputs", "data", "numerics"},
     "runs": {"models", "objectives", "training", "programs", "inputs", "data"},
 }
-for _name in ("models", "objectives", "evaluation", "training"):
+for _name in ("models", "objectives", "evaluation", "training", "smc"):
     PICTURE[_name].add("arguments")
 for _name in ("evaluation", "training"):
     PICTURE[_name].add("parallel")
 PICTURE["gallery"] = {"runs", "plots", "inputs", "programs", "data"}
+PICTURE["sequence_gallery"] = PICTURE["gallery"] | {"models", "arguments"}
 PICTURE["experiments"] = set(PICTURE)
 PICTURE["interop"] = PICTURE["experiments"] | {"experiments"}
 PICTURE["cli"] = PICTURE["interop"] | {"interop"}

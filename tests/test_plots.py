@@ -11,7 +11,10 @@ from scipy.stats import binom, norm
 
 from pyro_vae import plots
 from pyro_vae.plots import (
+    fan_chart,
     latent_grid,
+    latent_paths,
+    piano_roll,
     plot_comparison,
     plot_latents,
     plot_learning_curves,
@@ -19,6 +22,7 @@ from pyro_vae.plots import (
     plot_rank_histograms,
     plot_reconstructions,
     plot_samples,
+    plot_sequences,
     plot_traversals,
 )
 
@@ -536,6 +540,146 @@ def test_bad_ranks_are_refused(ranks, options, message):
 # All of them.
 
 
+# Sequences.
+
+
+def labelled(axes, label):
+    (found,) = [line for line in axes.lines if line.get_label() == label]
+    return found.get_xdata().tolist(), found.get_ydata().tolist()
+
+
+def band(axes, label):
+    """Steps, lower and upper edge of the band of a label."""
+    (found,) = [patch for patch in axes.collections if patch.get_label() == label]
+    vertices = found.get_paths()[0].vertices
+    steps = np.unique(vertices[:, 0])
+    return steps, *(np.array([edge(vertices[vertices[:, 0] == t, 1]) for t in steps]) for edge in (np.min, np.max))
+
+
+def test_a_fan_is_of_the_draws_after_the_history(rng):
+    history, truth, draws = rng.normal(size=(6, 2)), rng.normal(size=(3, 2)), rng.normal(size=(50, 4, 2))
+    figure = fan_chart(history, truth, draws, names=["a", "b"], title="t")
+    assert [axes.get_ylabel() for axes in figure.axes] == ["a", "b"]
+    assert figure.axes[0].get_title() == "t"
+    assert texts(figure.legends[0].get_texts()) == ["90 % interval", "50 % interval", "median", "observed", "truth"]
+    for d, axes in enumerate(figure.axes):
+        assert labelled(axes, "observed") == ([0, 1, 2, 3, 4, 5], history[:, d].tolist())
+        assert labelled(axes, "truth") == ([6, 7, 8], truth[:, d].tolist())
+        steps, median = labelled(axes, "median")
+        assert steps == [6, 7, 8, 9]
+        np.testing.assert_allclose(median, np.median(draws[..., d], 0))
+        for label, levels in (("90 % interval", (0.05, 0.95)), ("50 % interval", (0.25, 0.75))):
+            steps, low, high = band(axes, label)
+            assert steps.tolist() == [6, 7, 8, 9]
+            np.testing.assert_allclose([low, high], np.quantile(draws[..., d], levels, axis=0))
+
+
+def test_a_fan_over_gaps_and_one_of_a_single_step(rng):
+    x = rng.normal(size=(6, 1))
+    gaps = x.copy()
+    gaps[2:4] = np.nan
+    axes = fan_chart(gaps, None, rng.normal(size=(9, 6, 1)), start=0).axes[0]
+    assert labelled(axes, "median")[0] == [0, 1, 2, 3, 4, 5]
+    assert np.isnan(labelled(axes, "observed")[1]).sum() == 2
+    assert "truth" not in [line.get_label() for line in axes.lines]
+    axes = fan_chart(x, None, rng.normal(size=(9, 1, 1))).axes[0]
+    assert labelled(axes, "median")[0] == [5.5, 6.5]
+    assert band(axes, "90 % interval")[0].tolist() == [5.5, 6.5]
+    assert fan_chart(np.zeros((0, 1)), None, np.zeros((3, 2, 1))).axes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((np.zeros(5), None, np.zeros((3, 4, 1))), {}, r"history: expected numbers of shape \(T, D\).*\(5,\)"),
+        ((np.zeros((5, 2)), None, np.zeros((3, 4, 1))), {}, r"history: expected the 1 variables of draws"),
+        ((np.zeros((5, 1)), np.zeros((9, 1)), np.zeros((3, 4, 1))), {}, "truth: expected at most the 4 steps"),
+        ((np.zeros((5, 1)), None, np.zeros((0, 4, 1))), {}, "draws: expected numbers of shape"),
+        ((np.zeros((5, 1)), None, np.full((3, 4, 1), np.nan)), {}, "draws: expected finite"),
+        ((np.zeros((5, 1)), None, np.zeros((3, 4, 1))), {"start": -1}, "start: expected an integer >= 0"),
+        ((np.zeros((5, 1)), None, np.zeros((3, 4, 1))), {"names": ["a", "b"]}, "names: expected one for each of 1"),
+        ((np.zeros((5, 21)), None, np.zeros((3, 4, 21))), {}, "at most 20 variables, came 21"),
+    ],
+)
+def test_bad_fans(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        fan_chart(*arguments, **options)
+
+
+def test_latent_paths_are_means_between_quantiles(rng):
+    means = rng.normal(size=(7, 2))
+    edges = np.stack([means - 2, means - 1, means, means + 1, means + 2])
+    figure = latent_paths(means, edges, levels=(0.1, 0.25, 0.5, 0.75, 0.9), names=["u", "v"])
+    for j, axes in enumerate(figure.axes):
+        assert labelled(axes, "mean") == (list(range(7)), means[:, j].tolist())
+        _, low, high = band(axes, "80 % interval")
+        np.testing.assert_allclose([low, high], edges[[0, -1], :, j])
+        _, low, high = band(axes, "50 % interval")
+        np.testing.assert_allclose([low, high], edges[[1, 3], :, j])
+    for levels in ((0.5, 0.4), (0.0, 0.5), (0.5, 1.0)):
+        with pytest.raises(ValueError, match="levels: expected increasing numbers between 0 and 1"):
+            latent_paths(means, edges[:2], levels=levels)
+    with pytest.raises(ValueError, match=r"quantiles: expected shape \(4, 7, 2\)"):
+        latent_paths(means, edges)
+
+
+def test_piano_rolls_name_their_notes():
+    roll = np.zeros((5, 88))
+    roll[1, 60 - 21] = roll[3, 75 - 21] = 1  # C4, E flat 5
+    figure = piano_roll(roll)
+    (axes,) = figure.axes
+    assert texts(axes.get_yticklabels()) == ["C4", "C5", "C6"]
+    assert axes.get_yticks().tolist() == [60, 72, 84]
+    assert axes.get_ylim() == (59.5, 84.5)
+    left, right, bottom, top = axes.images[0].get_extent()
+    assert (left, right, bottom, top) == (-0.5, 4.5, 20.5, 108.5)
+    image = np.asarray(axes.images[0].get_array())
+    assert np.argwhere(image).tolist() == [[39, 1], [54, 3]]
+    assert axes.images[0].origin == "lower"
+    whole = piano_roll(np.zeros((5, 88))).axes[0]
+    assert whole.get_ylim() == (20.5, 108.5)
+    assert texts(whole.get_yticklabels()) == [f"C{octave}" for octave in range(1, 9)]
+    edges = np.zeros((5, 88))
+    edges[0, [0, 87]] = 1  # A0 and C8
+    assert piano_roll(edges).axes[0].get_ylim() == (20.5, 108.5)
+
+
+def test_several_piano_rolls_share_their_axes(rng):
+    rolls = [rng.random((n, 88)) for n in (4, 9)]
+    rolls[0][1] = np.nan
+    figure = piano_roll(rolls, ["a", "b"], start=3)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["a", "b"]
+    assert all(axes.get_xlim() == (-0.5, 8.5) for axes in figure.axes)
+    assert [axes.lines[0].get_xdata()[0] for axes in figure.axes] == [2.5, 2.5]
+    assert np.ma.getmaskarray(figure.axes[0].images[0].get_array())[:, 1].all()
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "message"),
+    [
+        (np.zeros((5, 87)), {}, r"expected piano rolls of shape \(T, 88\)"),
+        (np.full((5, 88), 60.0), {}, "expected numbers from 0 to 1, came values from 60"),
+        ([], {}, "expected a piano roll"),
+        (3, {}, "expected a piano roll"),
+        (np.zeros((2, 5, 88)), {"labels": ["a"]}, "labels: expected one for each of 2 rolls, came 1"),
+    ],
+)
+def test_bad_piano_rolls(x, options, message):
+    with pytest.raises(ValueError, match=message):
+        piano_roll(x, **options)
+
+
+def test_sequences_are_lines(rng):
+    x = rng.normal(size=(3, 6, 2))
+    x[1, [1, 3]] = np.nan
+    figure = plot_sequences(x)
+    for d, axes in enumerate(figure.axes):
+        np.testing.assert_array_equal([line.get_ydata() for line in axes.lines], x[..., d])
+        assert [line.get_marker() for line in axes.lines] == ["None", "o", "None"]  # a lone point would be invisible
+    with pytest.raises(ValueError, match="infinite"):
+        plot_sequences(np.full((1, 2, 1), np.inf))
+
+
 def each_figure():
     rng = np.random.default_rng(0)
     images, labels = rng.random((4, 3, 8, 8)), np.arange(40) % 4
@@ -554,6 +698,10 @@ def each_figure():
         "colour bar": (plot_latents, (z, z[:, 0]), {}),
         "tsne": (plot_latents, (rng.normal(size=(40, 3)), labels), {}),
         "ranks": (plot_rank_histograms, ({"z": rng.integers(0, 20, (50, 7))},), {"num_draws": 19, "title": "t"}),
+        "sequences": (plot_sequences, (rng.normal(size=(9, 5, 2)),), {"title": "t"}),
+        "fan": (fan_chart, (z[:30], z[30:], rng.normal(size=(20, 10, 2))), {"title": "t"}),
+        "latent paths": (latent_paths, (z, np.stack([z - 2, z - 1, z + 1, z + 2])), {"title": "t"}),
+        "piano roll": (piano_roll, (rng.random((2, 9, 88)),), {"labels": ["a", "b"], "title": "t", "start": 4}),
     }
 
 
@@ -597,4 +745,4 @@ def test_neither_pyplot_nor_torch_is_imported():
 def test_public_functions_keep_their_docstrings_and_examples():
     for name in plots.__all__:
         doc = getattr(plots, name).__doc__
-        assert all(part in doc for part in ("Args:", "Returns:", "Raises:", "arXiv:1312.6114", ">>> ")), name
+        assert all(part in doc for part in ("Args:", "Returns:", "Raises:", "arXiv:", ">>> ")), name

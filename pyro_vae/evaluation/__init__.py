@@ -14,6 +14,7 @@ from pyro_vae.evaluation.diagnostics import (
 )
 from pyro_vae.evaluation.importance import ImportanceSampling
 from pyro_vae.evaluation.marginal import METHODS, log_marginal
+from pyro_vae.evaluation.particle_filter import ParticleFilter
 from pyro_vae.evaluation.posterior_density import PosteriorDensity, fit_gaussian
 from pyro_vae.evaluation.score import Score
 
@@ -25,6 +26,7 @@ __all__ = [
     "Calibration",
     "ImportanceSampling",
     "InferenceGap",
+    "ParticleFilter",
     "PosteriorDensity",
     "Sandwich",
     "Score",

@@ -6,6 +6,7 @@ method                what it is on average                  what it needs
 "importance"          a lower bound on log p(x)              a guide near the posterior; any latents
 "ais"                 a lower bound, tighter with steps      continuous latents
 "posterior-density"   an upper bound                         continuous latents, at most five dimensions
+"smc"                 a lower bound; of p(x) unbiased        sequences: a Markov chain of latents, and its emissions
 ====================  =====================================  ===================================================
 """
 
@@ -25,6 +26,7 @@ from pyro_vae.evaluation.ais import AIS
 from pyro_vae.evaluation.bounds import frozen
 from pyro_vae.evaluation.dataset import anneal_dataset, weigh_dataset
 from pyro_vae.evaluation.importance import ImportanceSampling, chunk_sizes
+from pyro_vae.evaluation.particle_filter import ParticleFilter
 from pyro_vae.evaluation.posterior_density import PosteriorDensity
 from pyro_vae.evaluation.score import Estimate, Method, Score
 from pyro_vae.inputs import Inputs, open_inputs
@@ -37,6 +39,7 @@ METHODS: dict[str, Any] = {
     "importance": ImportanceSampling,
     "ais": AIS,
     "posterior-density": PosteriorDensity,
+    "smc": ParticleFilter,
 }
 
 # Particles times data times their width in flight: 16 MB a tensor in float32, of which a pass holds about ten. (Tensors
@@ -86,9 +89,11 @@ def log_marginal(
         x: a tensor (N, ...); a tuple or dict of tensors; or a data set, whose test split is taken. Images of type uint8
             are scaled to [0, 1]; grey levels that a binary site observes are drawn once (see ``binarize``).
         method: "importance" (:class:`pyro_vae.evaluation.ImportanceSampling`), "ais"
-            (:class:`pyro_vae.evaluation.AIS`) or "posterior-density" (:class:`pyro_vae.evaluation.PosteriorDensity`).
+            (:class:`pyro_vae.evaluation.AIS`), "posterior-density" (:class:`pyro_vae.evaluation.PosteriorDensity`) or,
+            of sequences, "smc" (:class:`pyro_vae.evaluation.ParticleFilter`).
         of: "datum" or "dataset" ("importance" or "ais").
-        num_particles: K per datum, or for the data set, at least 1; None for the method's default: 5000, 16 and 1000.
+        num_particles: K per datum, or for the data set, at least 1; None for the method's default: 5000, 16, 1000 and
+            1000.
         batch_size: data at a time, at most; fewer are taken where memory asks for it.
         max_elements: bound on particles times data times the width of a datum or a linear layer, that is on memory; the
             values do not depend on it but for the order of the noise.
@@ -99,10 +104,12 @@ def log_marginal(
         **options: of the method: ``defensive`` of "importance", and of a data set ``num_local``, draws of each datum's
             own latents for each draw of those that are shared; ``num_steps``, ``num_leapfrog``, ``initial``,
             ``target_accept``, ``num_pilot`` of "ais"; ``num_chains``, ``num_warmup``, ``num_leapfrog``,
-            ``target_accept``, ``density`` of "posterior-density". Their classes say what they mean.
+            ``target_accept``, ``density`` of "posterior-density"; ``proposal``, ``threshold``, ``resampling``,
+            ``num_repeats`` of "smc". Their classes say what they mean.
 
     Returns:
-        Values per datum, their mean, errors and diagnostics.
+        Values per datum, their mean, errors and diagnostics; of sequences (a program that takes ``lengths``) also
+        nats per step, :attr:`pyro_vae.Score.per_step`.
 
     Raises:
         ValueError: an argument is out of range, the data do not fit the program, the method cannot do with latents
@@ -131,7 +138,8 @@ def log_marginal(
         _require_for_dataset(estimator, inputs)
         with frozen(bridged, seed):
             estimate = _of_dataset(estimator, bridged, inputs, data, num_local, batch_size, rows_at_once, compile)
-        return _score([estimate], data, estimator, method, options | given, len(data))
+        total = None if (steps := _num_steps(inputs, data)) is None else steps.sum()[None]
+        return _score([estimate], data, estimator, method, options | given, len(data), total)
     size = min(batch_size, max(1, rows_at_once // estimator.at_once), max(1, max_elements // estimator.num_particles))
     team = ranks()
     rows = len(data) * estimator.num_particles * estimator.passes
@@ -143,7 +151,7 @@ def log_marginal(
     if team.size > 1:
         parts = team.gather([estimate.to("cpu") for estimate in found])
         found = [estimate.to(data.reader.device) for part in parts for estimate in part]
-    return _score(found, data, estimator, method, options)
+    return _score(found, data, estimator, method, options, num_steps=_num_steps(inputs, data))
 
 
 def _score(
@@ -153,13 +161,19 @@ def _score(
     method: str,
     options: dict[str, Any],
     num_data: int | None = None,
+    num_steps: Tensor | None = None,
 ) -> Score:
     values = torch.cat([estimate.values for estimate in found])
     _require_finite(values)
     diagnostics = {n: torch.cat([estimate.diagnostics[n] for estimate in found]) for n in found[0].diagnostics}
     mc_error = math.sqrt(sum(estimate.variance_of_sum.item() for estimate in found)) / len(values)
     values = values.to(data.reader.dtype)  # sums were taken in double precision
-    return Score(values, mc_error, diagnostics, estimator.num_particles, method, options, num_data)
+    return Score(values, mc_error, diagnostics, estimator.num_particles, method, options, num_data, num_steps)
+
+
+def _num_steps(inputs: Inputs, data: TensorData) -> Tensor | None:
+    """Steps of each sequence of the data, (N,); None of data that are no sequences."""
+    return inputs.num_steps(data.columns)
 
 
 def _require_for_dataset(estimator: Method, inputs: Inputs) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def held_out(data: Any, test: Any) -> Any:
 def _first(data: Any, count: int | None) -> Any:
     """The first so many data of a test set."""
     if isinstance(data, Dataset):
-        return replace(data, test=data.test[:count])
+        return data.with_test(num_data=count)
     if isinstance(data, Mapping):
         return {name: column[:count] for name, column in data.items()}
     return tuple(column[:count] for column in data) if isinstance(data, tuple) else data[:count]
@@ -209,7 +209,8 @@ class Scorer:
 
     def require_guide(self, program: Program, objectives: Mapping[str, Any]) -> None:
         """Refuse an estimator that needs a guide where there is none, or where an objective trains none."""
-        if self.method not in ("importance", "ais") or self.options.get("initial") == "prior":
+        from_prior = "prior" in (self.options.get("initial"), self.options.get("proposal"))
+        if self.method not in ("importance", "ais", "smc") or from_prior:
             return
         untrained = [name for name, objective in objectives.items() if not getattr(objective, "has_bound", True)]
         if not program.has_guide or (untrained and self.refit_samples is None):

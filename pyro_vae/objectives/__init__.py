@@ -1,6 +1,7 @@
 """Learning objectives: each is a ``pyro.infer.ELBO`` and works in ``pyro_vae.fit`` and in ``pyro.infer.SVI`` alike."""
 
 from pyro_vae.objectives.base import Objective
+from pyro_vae.objectives.fivo import FIVO
 from pyro_vae.objectives.importance import IWAE, VIMCO, DReG, Renyi
 from pyro_vae.objectives.mcem import MCEM
 from pyro_vae.objectives.sgvb import SGVB
@@ -12,12 +13,14 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dreg": DReG,
     "renyi": Renyi,
     "vimco": VIMCO,
+    "fivo": FIVO,
     "wake-sleep": WakeSleep,
     "reweighted-wake-sleep": ReweightedWakeSleep,
     "mcem": MCEM,
 }
 
 __all__ = [
+    "FIVO",
     "IWAE",
     "MCEM",
     "OBJECTIVES",

@@ -30,6 +30,7 @@ from pyro_vae.programs.program import (
     guide_of,
     signature_of,
 )
+from pyro_vae.programs.sequences import SequenceLaws, sequence_laws
 from pyro_vae.programs.sites import DATA_PLATE, draws_per_datum, minibatch_scale, same_minibatch
 from pyro_vae.programs.weights import (
     LogWeights,
@@ -50,6 +51,7 @@ __all__ = [
     "LogWeights",
     "Program",
     "ProgramCheck",
+    "SequenceLaws",
     "as_program",
     "bind_arguments",
     "check_program",
@@ -66,5 +68,6 @@ __all__ = [
     "minibatch_scale",
     "model_parameters",
     "same_minibatch",
+    "sequence_laws",
     "signature_of",
 ]

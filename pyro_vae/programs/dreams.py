@@ -48,7 +48,7 @@ def dream(model: PyroFunction, args: Sequence[Any], kwargs: Mapping[str, Any] | 
 
     Raises:
         ValueError: an observed site has no argument of its name, or one of another shape; or a latent site lies outside
-            the data plate.
+            the data plate, or has a law that depends on the data (an attribute ``follows_data`` that is true).
     """
     positions = [name for name, _ in zip(signature_of(model).parameters, args, strict=False)]
     given = dict(zip(positions, args, strict=False)) | dict(kwargs or {})
@@ -73,12 +73,23 @@ def dream(model: PyroFunction, args: Sequence[Any], kwargs: Mapping[str, Any] | 
                 )
         elif frame_of(site, DATA_PLATE) is None:
             raise ValueError(f"a dream is of data and their latents: site '{name}' is not in the data plate")
+        elif _follows_data(site["fn"]):
+            raise ValueError(
+                f"a dream draws latents before the data that they make, but the law of site '{name}' depends on the "
+                "data (it is teacher-forced): use SGVB, IWAE or another objective that needs no dreams"
+            )
         else:
             latents[name] = site["value"].detach()[None]
     # By position where they came by position, for the guide may order its arguments in another way.
     dreamt_args = tuple(dreamt.get(name, value) for name, value in zip(positions, args, strict=False))
     dreamt_kwargs = {name: dreamt.get(name, value) for name, value in (kwargs or {}).items()}
     return Dream(dreamt_args + tuple(args[len(positions) :]), dreamt_kwargs, latents)
+
+
+def _follows_data(fn: Any) -> bool:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return bool(getattr(fn, "follows_data", False))
 
 
 class _Dreaming(Messenger):  # type: ignore[misc]

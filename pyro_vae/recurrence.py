@@ -1,0 +1,352 @@
+"""A recurrence as one differentiable operation, whose cell alone is recorded, whatever the number of steps.
+
+    h_t = f(h_{t-1}, u_t),        t = 1, ..., T
+
+A loop in Python leaves T copies of the cell's operations behind, in the graph of autograd and in a recorded step: what
+takes minutes to compile for some hundreds of steps, and runs at the speed of Python. Here the loop is inside of an
+operation. Its gradient comes in two parts (Werbos 1990; "back-propagation through time"): the adjoints, with the slopes
+g_t of what is to be differentiated in h_t itself,
+
+    a_t = g_t + (df(h_t, u_{t+1}) / dh_t)^T a_{t+1},        t = T, ..., 1,
+
+are a loop too, and need of the cell the derivative in h alone. The gradients of parameters and inputs are those of one
+call of the cell for all steps at once, with a_t in the place of its results' slopes: a few large matrix products in the
+place of T small ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor, library, nn
+from torch.func import functional_call, functionalize
+from torch.fx import Graph as FxGraph
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+from pyro_vae.compile import CaptureError, capture
+from pyro_vae.numerics import forked_rng
+
+__all__ = ["scan"]
+
+Step = Callable[..., Sequence[Tensor]]
+
+
+def scan(cell: nn.Module, state: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """The states that a cell goes through, h_t = cell(h_{t-1}, *inputs_t), t = 1, ..., T.
+
+    The cell is a function of its arguments, parameters and buffers. It must broadcast over leading dimensions, for its
+    gradient is taken at all steps at once, and keep the shape of the state. A cell that cannot be recorded, for it
+    draws, or decides by a tensor's value, is run in a loop of Python.
+
+    Args:
+        cell: maps a state (..., H) and the inputs of a step to the next state.
+        state: h_0, (..., H).
+        inputs: tensors (T, ...), T at least 1; where they have fewer dimensions than (T, ..., H), they get dimensions
+            of size 1 after the first.
+
+    Returns:
+        h_1, ..., h_T, (T, ..., H). Gradients reach ``state``, the inputs and the cell's parameters, and have no
+        derivatives of their own.
+
+    Raises:
+        ValueError: there are no inputs, of unequal length or without a step; or the state's shape changes.
+
+    Example:
+        >>> class Decay(nn.Module):
+        ...     def forward(self, h, u):
+        ...         return 0.5 * h + u
+        >>> scan(Decay(), torch.tensor([8.0]), [torch.tensor([[0.0], [1.0], [0.0]])]).squeeze(-1)
+        tensor([4.0000, 3.0000, 1.5000])
+    """
+    if len({len(tensor) for tensor in inputs}) != 1 or len(inputs[0]) == 0:
+        raise ValueError(f"expected inputs of T > 0 steps each, got {[len(tensor) for tensor in inputs]} steps")
+    inputs = [_aligned(tensor, state.ndim + 1).contiguous() for tensor in inputs]  # a recording is of one layout
+    state, named = state.contiguous(), {name: tensor.contiguous() for name, tensor in _named_tensors(cell)}
+    shared = list(named.values())
+    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (state, *inputs, *shared)]
+    recorded = _recorded_forms(cell, wanted, state, inputs, named)
+    if recorded is None:
+        return _loop(cell, state, inputs)
+    states: Tensor = torch.ops.pyro_vae.scan(recorded.number, wanted, state, inputs, shared)[0]
+    return states
+
+
+def _aligned(tensor: Tensor, ndim: int) -> Tensor:
+    return tensor[(slice(None), *(None,) * (ndim - tensor.ndim))]
+
+
+def _named_tensors(cell: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, of each module once: put in their places by two names, torch would leave others there."""
+    for prefix, module in cell.named_modules():
+        own = *module.named_parameters(recurse=False), *module.named_buffers(recurse=False)
+        yield from ((f"{prefix}.{name}".lstrip("."), tensor) for name, tensor in own)
+
+
+def _loop(cell: nn.Module, state: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    states = []
+    for step in zip(*inputs, strict=True):
+        state = _of_shape(state, cell(state, *step))
+        states.append(state)
+    return torch.stack(states)
+
+
+def _of_shape(state: Tensor, found: Tensor) -> Tensor:
+    if found.shape != state.shape:
+        shapes = tuple(state.shape), tuple(found.shape)
+        raise ValueError(f"expected a cell that keeps the shape of its state, {shapes[0]}; got {shapes[1]}")
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Recorded:
+    """A cell's recorded forms for tensors of certain shapes.
+
+    Attributes:
+        step: (h, *u, *shared) to the next h, and to what the adjoint reads of it, the residuals r.
+        adjoint: (a, h, *u, *shared, *r) to the slope in h of a . cell(h, *u).
+        slopes: (a, h, *u, *shared), of all steps at once, to the slopes in those of (*u, *shared) that are wanted.
+        shapes: of the residuals.
+        number: by which the operations find it, as long as its cell lives.
+    """
+
+    step: Step
+    adjoint: Step | None = None
+    slopes: Step | None = None
+    shapes: tuple[tuple[torch.Size, torch.dtype], ...] = ()
+    number: int = field(default_factory=itertools.count().__next__)
+
+    def __post_init__(self) -> None:
+        _by_number[self.number] = self
+
+
+def _recorded_forms(
+    cell: nn.Module, wanted: Sequence[bool], state: Tensor, inputs: Sequence[Tensor], shared: Mapping[str, Tensor]
+) -> _Recorded | None:
+    """A cell's recorded forms for such tensors, made where there are none yet; None if it cannot be recorded."""
+    if torch.is_autocast_enabled(state.device.type):
+        return None
+    known = _by_cell.setdefault(cell, {})
+    modes = tuple(map(type, torch.overrides._get_current_function_mode_stack()))  # may change what torch computes
+    training = tuple(module.training for module in cell.modules())
+    kinds = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in (state, *inputs, *shared.values()))
+    key = modes, training, tuple(shared), tuple(wanted), kinds
+    if key not in known:
+        with disable_proxy_modes_tracing(), forked_rng(), torch.no_grad():
+            known[key] = _record(cell, wanted, state, inputs, shared)
+    return known[key]
+
+
+def _record(
+    cell: nn.Module, wanted: Sequence[bool], state: Tensor, inputs: Sequence[Tensor], shared: Mapping[str, Tensor]
+) -> _Recorded | None:
+    count, names = len(inputs), list(shared)
+    own = [tensor.detach().clone() for tensor in shared.values()]  # a cell may write into them, and some do not say so
+    one = [state, *(tensor[0] for tensor in inputs), *own]
+    whole = [state.expand(len(inputs[0]), *state.shape).contiguous(), *inputs, *own]
+
+    @functionalize  # what a cell writes in place, it writes once, and not again where its gradient is taken
+    def call(state: Tensor, *rest: Tensor) -> Tensor:
+        tensors = dict(zip(names, rest[count:], strict=True))
+        found: Tensor = functional_call(cell, tensors, (state, *rest[:count]), tie_weights=False)
+        if found.dtype != state.dtype:
+            raise CaptureError("the cell changes the type of its state")
+        return _of_shape(state, found)
+
+    def step(*tensors: Tensor) -> Sequence[Tensor]:
+        return (call(*tensors),)
+
+    def with_slope(slope: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
+        return _with_slopes(call, slope, tensors, [True] + [False] * (len(one) - 1))
+
+    def slopes(slope: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
+        return _with_slopes(call, slope, tensors, [False, *wanted[1:]])[1:]
+
+    try:
+        only_step = _recorded(step, one)
+        if any(map(_writes, only_step.graph.nodes)) or not all(map(torch.equal, own, shared.values())):
+            raise CaptureError("the cell writes into a tensor, such as a buffer")
+        if not any(wanted):
+            return _Recorded(only_step)
+        first, adjoint, shapes = _split(_recorded(with_slope, [state, *one]), count)
+        return _Recorded(first, adjoint, _recorded(slopes, [whole[0], *whole]), shapes)
+    except CaptureError:
+        return None
+
+
+def _with_slopes(
+    call: Callable[..., Tensor], slope: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor]:
+    """cell(h, *u), and slopes of a . cell(h, *u) in those of (h, *u, *shared) that are wanted."""
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip(tensors, wanted, strict=True)]
+        asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
+        found = call(*leaves)
+        if not (asked and found.requires_grad):
+            return [found.detach(), *map(torch.zeros_like, asked)]
+        own = torch.autograd.grad(found, asked, slope, allow_unused=True)
+    return [found.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(asked, own, strict=True))]
+
+
+def _recorded(function: Step, tensors: Sequence[Tensor]) -> GraphModule:
+    graph = capture(function, [tensor.detach() for tensor in tensors])
+    module, fresh = graph.module, torch.ops.aten.lift_fresh_copy.default
+    given = list(module.graph.find_nodes(op="placeholder"))[len(tensors) :]
+    if graph.draws or any(user.target is not fresh for node in given for user in node.users):
+        raise CaptureError("the cell draws, or reaches tensors that are neither its parameters nor its buffers")
+    for number, (node, value) in enumerate(zip(given, graph.state, strict=True)):  # made of numbers in the cell
+        name = f"constant_{number}"
+        module.register_buffer(name, value)
+        for user in list(node.users):
+            with module.graph.inserting_before(user):
+                user.replace_all_uses_with(module.graph.get_attr(name))
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+def _writes(node: Node) -> bool:
+    target: Any = node.target
+    is_operation = isinstance(target, torch._ops.OpOverload)
+    return is_operation and target._schema.is_mutable and torch.Tag.inplace_view not in target.tags
+
+
+def _split(joint: GraphModule, num_inputs: int) -> tuple[GraphModule, GraphModule, Any]:
+    """Of (a, h, *u, *shared) to (next h, slope) what is computed before a is known, and what it takes from then on."""
+    given = joint.graph.find_nodes(op="placeholder")
+    moving = _reached_from(given[1 : num_inputs + 2])  # what differs from step to step
+    after = _reached_from(given[:1])
+    results: Any = joint.graph.output_node().args[0]
+    next_state, slope = results
+    asked = {slope}.union(*(node.all_input_nodes for node in after if node.op != "output"))
+    kept = [node for node in joint.graph.nodes if node in asked and node in moving and node not in after]
+    step, copies = _copied(joint, given[1:], [])
+    step.output((copies[next_state], *(copies[node] for node in kept)))
+    adjoint, copies = _copied(joint, given, kept)
+    adjoint.output((copies[slope],))
+    shapes = tuple((node.meta["val"].shape, node.meta["val"].dtype) for node in kept)
+    return _module(joint, step), _module(joint, adjoint), shapes
+
+
+def _reached_from(nodes: Sequence[Node]) -> set[Node]:
+    """The nodes whose value depends on some of these."""
+    found = set(nodes)
+    for node in nodes[0].graph.nodes:
+        if found.intersection(node.all_input_nodes):
+            found.add(node)
+    return found - set(nodes)
+
+
+def _copied(joint: GraphModule, given: Sequence[Node], kept: Sequence[Node]) -> tuple[FxGraph, dict[Node, Node]]:
+    """A graph that takes these nodes' values, and computes what else follows from them."""
+    graph = FxGraph()
+    copies = {node: graph.placeholder(node.name) for node in (*given, *kept)}
+    for node in joint.graph.nodes:
+        computed = node.op in ("call_function", "get_attr") and all(n in copies for n in node.all_input_nodes)
+        if computed and node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    return graph, copies
+
+
+def _module(joint: GraphModule, graph: FxGraph) -> GraphModule:
+    graph.eliminate_dead_code()
+    return GraphModule(joint, graph)
+
+
+_by_cell: WeakKeyDictionary[nn.Module, dict[Any, _Recorded | None]] = WeakKeyDictionary()
+_by_number: WeakValueDictionary[int, _Recorded] = WeakValueDictionary()
+
+
+@library.custom_op("pyro_vae::scan", mutates_args=())
+def _scan(
+    number: int, wanted: Sequence[bool], state: Tensor, inputs: Sequence[Tensor], shared: Sequence[Tensor]
+) -> list[Tensor]:
+    recorded = _by_number[number]
+    kept = _places(recorded, state, inputs)
+    for t, given in enumerate(zip(*inputs, strict=True)):
+        for place, value in zip(kept, recorded.step(state, *given, *shared), strict=True):
+            place[t] = value
+        state = kept[0][t]
+    return kept
+
+
+def _places(recorded: _Recorded, state: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Room for the states and the residuals of all steps."""
+    kinds = [(state.shape, state.dtype), *recorded.shapes]
+    return [state.new_empty(len(inputs[0]), *shape, dtype=dtype) for shape, dtype in kinds]
+
+
+@library.custom_op("pyro_vae::scan_backward", mutates_args=())
+def _scan_backward(
+    number: int,
+    wanted: Sequence[bool],
+    slope: Tensor,
+    kept: Sequence[Tensor],
+    state: Tensor,
+    inputs: Sequence[Tensor],
+    shared: Sequence[Tensor],
+) -> list[Tensor]:
+    recorded = _by_number[number]
+    assert recorded.adjoint is not None
+    assert recorded.slopes is not None
+    states, *residuals = kept
+    before = torch.cat([state[None], states[:-1]])
+    adjoints = slope.clone(memory_format=torch.contiguous_format)
+    first: list[Tensor] = []
+    for t in range(len(states) - 1, -1 if wanted[0] else 0, -1):
+        (own,) = recorded.adjoint(
+            adjoints[t], before[t], *(tensor[t] for tensor in inputs), *shared, *(tensor[t] for tensor in residuals)
+        )
+        if t:
+            adjoints[t - 1] += own
+        else:
+            first = [own]
+    return _apart([*first, *recorded.slopes(adjoints, before, *inputs, *shared)], [*kept, *inputs, *shared])
+
+
+def _apart(results: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """Results that share no memory with each other or with other tensors, in one layout: a compiler relies on it."""
+    taken = {tensor.untyped_storage().data_ptr() for tensor in others}
+    found = []
+    for result in results:
+        place = result.untyped_storage().data_ptr()
+        found.append(result.clone(memory_format=torch.contiguous_format) if place in taken else result.contiguous())
+        taken.add(place)
+    return found
+
+
+@_scan.register_fake
+def _(number: int, wanted: Any, state: Tensor, inputs: Sequence[Tensor], shared: Any) -> list[Tensor]:
+    return _places(_by_number[number], state, inputs)
+
+
+@_scan_backward.register_fake
+def _(number: int, wanted: Any, slope: Any, kept: Any, state: Tensor, inputs: Any, shared: Any) -> list[Tensor]:
+    tensors = (state, *inputs, *shared)
+    return [tensor.new_empty(tensor.shape) for tensor, want in zip(tensors, wanted, strict=True) if want]
+
+
+def _keep(ctx: Any, inputs: Any, output: Sequence[Tensor]) -> None:
+    ctx.number, ctx.wanted, state, given, shared = inputs
+    ctx.counts = len(output), len(given)
+    ctx.save_for_backward(*output, state, *given, *shared)
+
+
+def _differentiate(ctx: Any, slopes_of_outputs: Sequence[Tensor | None]) -> Any:
+    num_kept, num_inputs = ctx.counts
+    kept, (state, *rest) = ctx.saved_tensors[:num_kept], ctx.saved_tensors[num_kept:]
+    slope = slopes_of_outputs[0]
+    slope = torch.zeros_like(kept[0]) if slope is None else slope
+    given, shared = rest[:num_inputs], rest[num_inputs:]
+    found = iter(torch.ops.pyro_vae.scan_backward(ctx.number, ctx.wanted, slope, list(kept), state, given, shared))
+    slopes = [next(found) if want else None for want in ctx.wanted]
+    return None, None, slopes[0], slopes[1 : num_inputs + 1], slopes[num_inputs + 1 :]
+
+
+_scan.register_autograd(_differentiate, setup_context=_keep)
