@@ -87,7 +87,7 @@ def main() -> None:
     dmm = pv.DeepMarkovModel(
         2, latent_dim=4, transition_dim=64, emission_dim=32, rnn_dim=64, emission="gaussian", cell="gru"
     )
-    pv.fit(
+    run = pv.fit(
         dmm,
         data,
         objective=pv.SGVB(estimator="B"),
@@ -108,6 +108,7 @@ def main() -> None:
     options = {"num_samples": args.num_samples, "num_particles": args.num_particles}
     draws = dmm.forecast(x[:, : args.start], horizon, **options)
     found |= coverage(draws, x[:, args.start :])
+    print(f"bound on log p(x) of the test sequences: {run.history[-1]['test_bound_per_step']:.3f} nats per step")
     print("\n".join(f"{name}: {value:.3f}" for name, value in found.items()))
     draw(x, draws, args.start).savefig(args.out / "forecast.png", dpi=120)
     (args.out / "pendulum.json").write_text(json.dumps(vars(args) | found, default=str, indent=1))
