@@ -17,6 +17,7 @@ place of T small ones.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,12 +30,14 @@ from torch.fx import Graph as FxGraph
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from pyro_vae.compile import CaptureError, capture
+from pyro_vae.compile import CaptureError, capture, difference
 from pyro_vae.numerics import forked_rng
 
 __all__ = ["scan"]
 
 Step = Callable[..., Sequence[Tensor]]
+
+_ROUNDING = 1e-3  # relative difference that it may explain, of sums over all steps
 
 
 def scan(cell: nn.Module, state: Tensor, inputs: Sequence[Tensor]) -> Tensor:
@@ -108,9 +111,9 @@ class _Recorded:
     """A cell's recorded forms for tensors of certain shapes.
 
     Attributes:
-        step: (h, *u, *shared) to the next h, and to what the adjoint reads of it, the residuals r.
+        step: (h, *u, *shared) to the next h, and to what slopes are computed from, the residuals r.
         adjoint: (a, h, *u, *shared, *r) to the slope in h of a . cell(h, *u).
-        slopes: (a, h, *u, *shared), of all steps at once, to the slopes in those of (*u, *shared) that are wanted.
+        slopes: (a, h, *u, *shared, *r), of all steps at once, to the slopes in those of (*u, *shared) that are wanted.
         shapes: of the residuals.
         number: by which the operations find it, as long as its cell lives.
     """
@@ -161,11 +164,8 @@ def _record(
     def step(*tensors: Tensor) -> Sequence[Tensor]:
         return (call(*tensors),)
 
-    def with_slope(slope: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
-        return _with_slopes(call, slope, tensors, [True] + [False] * (len(one) - 1))
-
-    def slopes(slope: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
-        return _with_slopes(call, slope, tensors, [False, *wanted[1:]])[1:]
+    def with_slopes(slope: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
+        return _with_slopes(call, slope, tensors, [True, *wanted[1:]])
 
     try:
         only_step = _recorded(step, one)
@@ -173,8 +173,15 @@ def _record(
             raise CaptureError("the cell writes into a tensor, such as a buffer")
         if not any(wanted):
             return _Recorded(only_step)
-        first, adjoint, shapes = _split(_recorded(with_slope, [state, *one]), count)
-        return _Recorded(first, adjoint, _recorded(slopes, [whole[0], *whole]), shapes)
+        of_one, of_all = _recorded(with_slopes, [state, *one]), _recorded(with_slopes, [whole[0], *whole])
+        kept, kept_of_all = _residuals(of_one, count), _residuals(of_all, count)
+        first, slopes = _before(of_one, kept), _after(of_all, slice(2, None), kept, [])
+        if _alike(kept, kept_of_all, len(inputs[0])):
+            by_residuals = _after(of_all, slice(2, None), kept, kept_of_all)
+            if _agree(slopes, by_residuals, first, count, whole):
+                slopes = by_residuals
+        kinds = tuple((_value(node).shape, _value(node).dtype) for node in kept)
+        return _Recorded(first, _after(of_one, slice(1, 2), kept, kept), slopes, kinds)
     except CaptureError:
         return None
 
@@ -217,21 +224,95 @@ def _writes(node: Node) -> bool:
     return is_operation and target._schema.is_mutable and torch.Tag.inplace_view not in target.tags
 
 
-def _split(joint: GraphModule, num_inputs: int) -> tuple[GraphModule, GraphModule, Any]:
-    """Of (a, h, *u, *shared) to (next h, slope) what is computed before a is known, and what it takes from then on."""
+_aten = torch.ops.aten
+_VIEWS = {
+    operator.getitem,
+    *(_aten.view.default, _aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.expand.default),
+    *(_aten.unsqueeze.default, _aten.squeeze.dim, _aten.select.int, _aten.slice.Tensor, _aten.detach.default),
+    *(_aten.split.Tensor, _aten.split_with_sizes.default, _aten.unbind.int, _aten.alias.default),
+    *(_aten._unsafe_view.default, _aten.reshape.default),
+}
+
+
+def _residuals(joint: GraphModule, num_inputs: int) -> list[Node]:
+    """Of (a, h, *u, *shared) to (next h, *slopes) what is computed of h and u alone, and read from a on."""
     given = joint.graph.find_nodes(op="placeholder")
     moving = _reached_from(given[1 : num_inputs + 2])  # what differs from step to step
     after = _reached_from(given[:1])
-    results: Any = joint.graph.output_node().args[0]
-    next_state, slope = results
-    asked = {slope}.union(*(node.all_input_nodes for node in after if node.op != "output"))
-    kept = [node for node in joint.graph.nodes if node in asked and node in moving and node not in after]
-    step, copies = _copied(joint, given[1:], [])
-    step.output((copies[next_state], *(copies[node] for node in kept)))
-    adjoint, copies = _copied(joint, given, kept)
-    adjoint.output((copies[slope],))
-    shapes = tuple((node.meta["val"].shape, node.meta["val"].dtype) for node in kept)
-    return _module(joint, step), _module(joint, adjoint), shapes
+    asked = {*_results(joint)[1:]}.union(*(node.all_input_nodes for node in after if node.op != "output"))
+    sources = {_source(node) for node in asked - after}
+    return [node for node in joint.graph.nodes if node in sources and node in moving]
+
+
+def _source(node: Node) -> Node:
+    """The tensor that a node is a view of."""
+    found = node
+    while node.target in _VIEWS:
+        node = node.all_input_nodes[0]
+        if isinstance(node.meta["val"], Tensor):
+            found = node
+    return found
+
+
+def _alike(kept: Sequence[Node], kept_of_all: Sequence[Node], num_steps: int) -> bool:
+    """Whether what is kept of all steps may be what is kept of single ones, one after another, by its shapes."""
+    if len(kept) != len(kept_of_all):
+        return False
+    pairs = zip(map(_value, kept), map(_value, kept_of_all), strict=True)
+    return all(num_steps * a.numel() == b.numel() and a.shape[-1:] == b.shape[-1:] for a, b in pairs)
+
+
+def _agree(slopes: Step, by_residuals: Step, step: Step, num_inputs: int, tensors: Sequence[Tensor]) -> bool:
+    """Whether the slopes of all steps come out the same from the residuals of single ones, at these very states."""
+    state, inputs, shared = tensors[0][0], tensors[1 : num_inputs + 1], tensors[num_inputs + 1 :]
+    before, kept = [], []
+    for given in zip(*inputs, strict=True):
+        before.append(state)
+        state, *residuals = step(state, *given, *shared)
+        kept.append(residuals)
+    states, residuals = torch.stack(before), [torch.stack(parts) for parts in zip(*kept, strict=True)]
+    adjoint = torch.randn_like(states)
+    ours, theirs = (f(adjoint, states, *inputs, *shared, *residuals) for f in (by_residuals, slopes))
+    return difference(ours, theirs) < _ROUNDING
+
+
+def _value(node: Node) -> Tensor:
+    value: Tensor = node.meta["val"]
+    return value
+
+
+def _results(joint: GraphModule) -> Any:
+    return joint.graph.output_node().args[0]
+
+
+def _before(joint: GraphModule, kept: Sequence[Node]) -> GraphModule:
+    """(h, *u, *shared) to (next h, *r)."""
+    graph, copies = FxGraph(), {}
+    for node in joint.graph.find_nodes(op="placeholder")[1:]:
+        copies[node] = graph.placeholder(node.name)
+    _copy(joint, graph, copies)
+    graph.output((copies[_results(joint)[0]], *(copies[node] for node in kept)))
+    return _module(joint, graph)
+
+
+def _after(joint: GraphModule, wanted: slice, kept: Sequence[Node], used: Sequence[Node]) -> GraphModule:
+    """(a, h, *u, *shared, *r) to slopes; what of r is not used is computed anew."""
+    graph, given = FxGraph(), joint.graph.find_nodes(op="placeholder")
+    copies = {node: graph.placeholder(node.name) for node in given}
+    places = [graph.placeholder(f"kept_{number}") for number in range(len(kept))]
+    for node, place in zip(used, places, strict=False):
+        copies[node] = graph.call_function(_aten.view.default, (place, list(_value(node).shape)))
+    _copy(joint, graph, copies)
+    graph.output(tuple(copies[node] for node in _results(joint)[wanted]))
+    return _module(joint, graph)
+
+
+def _copy(joint: GraphModule, graph: FxGraph, copies: dict[Node, Node]) -> None:
+    """Add what follows from the nodes that are there already."""
+    for node in joint.graph.nodes:
+        computed = node.op in ("call_function", "get_attr") and all(n in copies for n in node.all_input_nodes)
+        if computed and node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
 
 
 def _reached_from(nodes: Sequence[Node]) -> set[Node]:
@@ -241,17 +322,6 @@ def _reached_from(nodes: Sequence[Node]) -> set[Node]:
         if found.intersection(node.all_input_nodes):
             found.add(node)
     return found - set(nodes)
-
-
-def _copied(joint: GraphModule, given: Sequence[Node], kept: Sequence[Node]) -> tuple[FxGraph, dict[Node, Node]]:
-    """A graph that takes these nodes' values, and computes what else follows from them."""
-    graph = FxGraph()
-    copies = {node: graph.placeholder(node.name) for node in (*given, *kept)}
-    for node in joint.graph.nodes:
-        computed = node.op in ("call_function", "get_attr") and all(n in copies for n in node.all_input_nodes)
-        if computed and node not in copies:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    return graph, copies
 
 
 def _module(joint: GraphModule, graph: FxGraph) -> GraphModule:
@@ -307,7 +377,8 @@ def _scan_backward(
             adjoints[t - 1] += own
         else:
             first = [own]
-    return _apart([*first, *recorded.slopes(adjoints, before, *inputs, *shared)], [*kept, *inputs, *shared])
+    found = recorded.slopes(adjoints, before, *inputs, *shared, *residuals)
+    return _apart([*first, *found], [*kept, *inputs, *shared])
 
 
 def _apart(results: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
