@@ -24,7 +24,15 @@ from torch.distributions import (
 
 from pyro_vae.recurrence import scan
 
-__all__ = ["Emissions", "MarkovSequence", "WithMemory", "WordCounts", "observed_log_prob", "steps_within"]
+__all__ = [
+    "Emissions",
+    "MarkovSequence",
+    "WithMemory",
+    "WordCounts",
+    "drawn_from",
+    "observed_log_prob",
+    "steps_within",
+]
 
 
 class _Counts(type(constraints.nonnegative_integer)):  # type: ignore[misc]
@@ -267,7 +275,7 @@ class MarkovSequence(TorchDistribution):  # type: ignore[misc]
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw paths, (*sample_shape, ..., T, J), with gradients where the laws have them."""
         shape = torch.Size(sample_shape) + self.batch_shape
-        first, law = _drawn(self.initial.expand(shape)), None
+        first, law = drawn_from(self.initial.expand(shape)), None
         if self.num_steps > 1:
             law = self.step_law(first, 1)
             self._reparameterized = law.has_rsample
@@ -301,7 +309,7 @@ class MarkovSequence(TorchDistribution):  # type: ignore[misc]
     def _step_by_step(self, first: Tensor, law: TorchDistribution | None) -> Tensor:
         steps = [first]
         for step in range(1, self.num_steps):
-            z = _drawn(law if step == 1 else self.step_law(steps[-1], step))
+            z = drawn_from(law if step == 1 else self.step_law(steps[-1], step))
             steps.append(z if self.valid is None else torch.where(self.valid[..., step, None], z, steps[-1]))
         path = _where(self.valid, torch.stack(steps, -2))
         self._path = path, None
@@ -412,7 +420,7 @@ class WithMemory(TorchDistribution):  # type: ignore[misc]
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw z beside h, (*sample_shape, ..., J + H), with gradients where the law of z has them."""
-        return self.beside_memory(_drawn(self.base_dist.expand(torch.Size(sample_shape) + self.batch_shape)))
+        return self.beside_memory(drawn_from(self.base_dist.expand(torch.Size(sample_shape) + self.batch_shape)))
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
@@ -527,7 +535,7 @@ class Emissions(TorchDistribution):  # type: ignore[misc]
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw sequences, (*sample_shape, ..., T, D), with gradients where the law has them."""
         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape[:1]
-        return _where(self.valid, _drawn(self.steps.expand(shape)))
+        return _where(self.valid, drawn_from(self.steps.expand(shape)))
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
@@ -594,7 +602,8 @@ def _batch_shape(shapes: Mapping[str, Any]) -> torch.Size:
         raise ValueError(f"expected batch shapes that broadcast, got {named}") from error
 
 
-def _drawn(law: TorchDistribution) -> Tensor:
+def drawn_from(law: TorchDistribution) -> Tensor:
+    """A draw, with gradients where the law has them."""
     drawn: Tensor = law.rsample() if law.has_rsample else law.sample()
     return drawn
 

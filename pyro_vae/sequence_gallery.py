@@ -32,7 +32,6 @@ LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 _KEYS = 88  # of a piano
 _FEW = 6  # panels, if nobody says which
 _ROLLS = 4
-_PARTICLES = 1000  # of a filter that proposes by the prior, if nobody says how many
 _UNTOLD = "the guide was not trained on gaps (train --missing, of data that have some), and reads 0 in them"
 
 Array = NDArray[Any]
@@ -193,12 +192,10 @@ class SequenceGallery:
         """
         gaps = any(self._row(number).mask is not None for number in self.rows)
         chosen, remarks = self._proposal(proposal, "smooth", gaps)
+        how: dict[str, Any] = {"num_samples": num_samples, "num_particles": num_particles, "proposal": chosen}
 
         def of(row: _Row) -> dict[str, Array]:
-            if chosen == "guide":
-                draws = self.model.smooth(row.x, mask=row.mask, num_samples=num_samples, num_particles=num_particles)
-                return _summary(draws[:, 0])
-            return _summary(self._by_prior(row.x, row.mask, num_samples, num_particles))
+            return _summary(self.model.smooth(row.x, mask=row.mask, **how)[:, 0])
 
         found = self._paths(of, latents)
         return Findings(found.arrays, found.figures, remarks)
@@ -264,6 +261,7 @@ class SequenceGallery:
             ValueError: the mask does not fit, or there is nothing to fill.
         """
         chosen, remarks = self._proposal(proposal, "fill", gaps=True)
+        how: dict[str, Any] = {"num_samples": num_samples, "num_particles": num_particles, "proposal": chosen}
         if mask is not None and drop is not None:
             raise ValueError("expected --mask or --drop, got both")
         rows = [self._row(number) for number in self.rows]
@@ -272,11 +270,7 @@ class SequenceGallery:
         torch.manual_seed(self.seed)
         found, figures = [], {}
         for row, seen in zip(rows, visible, strict=True):
-            if chosen == "guide":
-                draws = self.model.fill(row.x, seen, num_samples=num_samples, num_particles=num_particles)[:, 0]
-            else:
-                z = self._by_prior(row.x, seen, num_samples, num_particles)
-                draws = torch.where(seen[0], row.x[0], self.model.decode(z).sample())
+            draws = self.model.fill(row.x, seen, **how)[:, 0]
             one = _summary(draws) | {"observed": seen[0].cpu().numpy(), "truth": row.seen}
             found.append(one)
             drawn = one | {"history": _visible(row.x, seen), "start": np.array(0)}
@@ -302,13 +296,6 @@ class SequenceGallery:
             self._require_guide(task)
             return chosen, (f"{_UNTOLD}: draws may be far off; --proposal prior does without it",) if untold else ()
         return chosen, () if proposal else (f"{_UNTOLD}: drawn by a particle filter that proposes by the prior",)
-
-    @torch.no_grad()
-    def _by_prior(self, x: Tensor, mask: Tensor | None, num_samples: int, num_particles: int | None) -> Tensor:
-        """Paths of latents (S, T, J) given one sequence, by a particle filter that proposes by the prior."""
-        found = self.model.filter(x, mask=mask, num_particles=num_particles or _PARTICLES)
-        chosen = torch.multinomial(found.log_weights[-1, :, 0].exp(), num_samples, replacement=True)
-        return found.trajectories()[chosen, 0]
 
     # ---- Rows
 

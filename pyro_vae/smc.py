@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.arguments import one_of, share, whole_number
-from pyro_vae.distributions import observed_log_prob
+from pyro_vae.distributions import drawn_from, observed_log_prob
 from pyro_vae.programs import SequenceLaws
 
 __all__ = ["RESAMPLING", "FilterInfo", "FilterState", "Filtered", "init", "resample", "run", "step", "steps"]
@@ -88,7 +88,7 @@ def init(laws: SequenceLaws, num_particles: int) -> tuple[FilterState, FilterInf
     """
     shape = torch.Size((num_particles, *laws.x.shape[:-2]))
     proposal = _expanded(laws.proposal.initial, shape)
-    z = _drawn(proposal)
+    z = drawn_from(proposal)
     log_w = _emitted(laws, z, 0) + _ratio(laws, laws.prior.initial, proposal, z)
     uniform = torch.full_like(log_w, -math.log(num_particles))
     start = FilterState(z, uniform, torch.zeros_like(log_w[0]))
@@ -139,7 +139,7 @@ def step(
         before = _taken(before, ancestors)
         log_weights = _made_equal(log_weights, resampled)
     proposal = _expanded(laws.proposal.step_law(before, t), shape)
-    z = _drawn(proposal)
+    z = drawn_from(proposal)
     prior = proposal if _is_bootstrap(laws) else laws.prior.step_law(before, t)
     log_w = _emitted(laws, z, t) + _ratio(laws, prior, proposal, z)
     new, increment = _weighed(FilterState(before, log_weights, state.log_evidence), z, log_w)
@@ -324,11 +324,6 @@ def _emitted(laws: SequenceLaws, z: Tensor, t: int) -> Tensor:
 
 def _expanded(law: Any, shape: torch.Size) -> Any:
     return law if law.batch_shape == shape else law.expand(shape)
-
-
-def _drawn(law: Any) -> Tensor:
-    drawn: Tensor = law.rsample() if law.has_rsample else law.sample()
-    return drawn
 
 
 def _uniform(K: int, M: int, like: Tensor) -> Tensor:

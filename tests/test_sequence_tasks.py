@@ -222,6 +222,16 @@ def test_particles_mend_a_wrong_guide():
     assert_normal(draws[:, seen], means, variances, within=2.0)
 
 
+def test_the_prior_proposes_where_the_guide_is_wrong():
+    model, given, _ = case(**WRONG)
+    seen, means, variances = smoothed(model, given)
+    draws = model.smooth(**given, num_samples=K, num_particles=2 * K, proposal="prior")
+    assert_normal(draws[:, seen], means, variances, within=3.0)
+    assert_kept(model.fill(**given, num_samples=5, proposal="prior"), given)
+    with pytest.raises(ValueError, match="proposal: expected one of guide, prior, got 'posterior'"):
+        model.fill(**given, proposal="posterior")
+
+
 # Filling --------------------------------------------------------------------------------------------------------------
 
 

@@ -226,7 +226,7 @@ def shared_noise(monkeypatch):
         root = base.scale_tril if hasattr(base, "scale_tril") else torch.diag_embed(base.scale)
         return base.loc + (root @ noise[..., None]).squeeze(-1)
 
-    monkeypatch.setattr(smc, "_drawn", drawn)
+    monkeypatch.setattr(smc, "drawn_from", drawn)
     monkeypatch.setattr(smc, "_uniform", lambda K, M, like: uniform[at.t, :K, at.columns].to(like))
 
     def run(guide, args, columns, **options):

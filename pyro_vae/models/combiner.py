@@ -5,11 +5,10 @@ from __future__ import annotations
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+
+from pyro_vae.networks import softplus_scale
 
 __all__ = ["LinearCombiner"]
-
-_LEAST_SCALE = 1e-4  # a softplus underflows to 0 in single precision
 
 
 class LinearCombiner(nn.Module):
@@ -44,4 +43,4 @@ class LinearCombiner(nn.Module):
         weight, offset, raw = self.read(states).split(self.sizes, -1)
         J = z.shape[-1]
         moved = weight * z if self.diagonal else (weight.reshape(*weight.shape[:-1], J, J) @ z[..., None]).squeeze(-1)
-        return dist.Normal(moved + offset, softplus(raw) + _LEAST_SCALE).to_event(1)
+        return dist.Normal(moved + offset, softplus_scale(raw)).to_event(1)

@@ -17,18 +17,16 @@ import torch
 from pyro.distributions.transforms import AffineAutoregressive
 from pyro.nn import AutoRegressiveNN
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from pyro_vae.arguments import one_of, whole_number
 from pyro_vae.distributions import MarkovSequence
 from pyro_vae.models.state_space import StateSpaceModel
-from pyro_vae.networks import CELLS, MLP, Recurrent
+from pyro_vae.networks import CELLS, LEAST_SCALE, MLP, Recurrent, softplus_scale
 
 __all__ = ["DeepMarkovModel", "Emission", "GatedTransition"]
 
 GUIDES = ("st-r", "st-l", "st-lr", "mf-lr", "mf-r")
 EMISSIONS = ("bernoulli", "gaussian", "student-t", "poisson")
-_LEAST_SCALE = 1e-4  # a softplus underflows to 0 in single precision
 
 
 class GatedTransition(nn.Module):
@@ -59,7 +57,7 @@ class GatedTransition(nn.Module):
         seen = _beside(z, inputs)
         gate, proposed = self.gate(seen).sigmoid(), self.proposed(seen)
         loc = (1 - gate) * self.linear(z) + gate * proposed
-        return dist.Normal(loc, softplus(self.scale(proposed.relu())) + _LEAST_SCALE).to_event(1)
+        return dist.Normal(loc, softplus_scale(self.scale(proposed.relu()))).to_event(1)
 
 
 class Emission(nn.Module):
@@ -92,7 +90,7 @@ class Emission(nn.Module):
             return dist.Bernoulli(logits=found).to_event(1)
         if self.likelihood == "poisson":
             return dist.Poisson(found.exp()).to_event(1)
-        scale = self.log_scale.exp() + _LEAST_SCALE
+        scale = self.log_scale.exp() + LEAST_SCALE
         if self.likelihood == "gaussian":
             return dist.Normal(found, scale).to_event(1)
         return dist.StudentT(2 + self.log_df.exp(), found, scale).to_event(1)
@@ -152,7 +150,7 @@ class _Combiner(nn.Module):
             parts.append(self.before(z).tanh())
         combined = torch.stack(torch.broadcast_tensors(*parts)).mean(0)
         loc, raw = self.moments(combined).chunk(2, -1)
-        base = dist.Normal(loc, softplus(raw) + _LEAST_SCALE)
+        base = dist.Normal(loc, softplus_scale(raw))
         if not self.flows:
             return base.to_event(1)
         return dist.TransformedDistribution(base.to_event(1), list(self.flows))

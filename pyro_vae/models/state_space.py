@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae import smc
-from pyro_vae.arguments import share, whole_number
+from pyro_vae.arguments import one_of, share, whole_number
 from pyro_vae.distributions import Emissions, MarkovSequence, steps_within
 from pyro_vae.models.registration import data_plate, register
 from pyro_vae.programs import SequenceLaws, sequence_laws
 
 __all__ = ["StateSpaceModel"]
+
+_PARTICLES = 1000  # of a filter that proposes by the prior, if nobody says how many
 
 
 class StateSpaceModel(nn.Module):
@@ -177,6 +179,7 @@ class StateSpaceModel(nn.Module):
         *,
         num_samples: int = 100,
         num_particles: int | None = None,
+        proposal: str = "guide",
     ) -> Tensor:
         """Paths of latents given all of x.
 
@@ -187,7 +190,9 @@ class StateSpaceModel(nn.Module):
             mask: True where x was observed, (M, T, D), (M, T, 1) or (M, T).
             num_samples: S, at least 1.
             num_particles: None draws from the guide. A number K draws from the paths of a particle filter that proposes
-                by the guide: right in the limit of many particles whatever the guide, but of few different early steps.
+                by ``proposal``: right in the limit of many whatever that is, but of few different early steps.
+            proposal: "guide", or "prior", which needs no guide that was trained on such data, gaps among them; then
+                ``num_particles`` is 1,000 if None.
 
         Returns:
             Draws (S, M, T, J), zero in the padding.
@@ -197,11 +202,12 @@ class StateSpaceModel(nn.Module):
         """
         num_samples = whole_number("num_samples", num_samples)
         num_particles = None if num_particles is None else whole_number("num_particles", num_particles)
+        guided = one_of("proposal", proposal, ("guide", "prior")) == "guide"
         given = self._checked(x, lengths, inputs, mask)
-        if num_particles is None:
+        if guided and num_particles is None:
             q = self.encode(*given)
             return q.expand((num_samples, *q.batch_shape)).sample()
-        found = smc.run(self._laws(*given, guided=True), num_particles)
+        found = smc.run(self._laws(*given, guided=guided), num_particles or _PARTICLES)
         return _chosen(found.trajectories(), found.log_weights[-1], num_samples)
 
     @torch.no_grad()
@@ -257,6 +263,7 @@ class StateSpaceModel(nn.Module):
         *,
         num_samples: int = 100,
         num_particles: int | None = None,
+        proposal: str = "guide",
     ) -> Tensor:
         """Draws of what was not observed, given what was.
 
@@ -267,6 +274,7 @@ class StateSpaceModel(nn.Module):
             inputs: (M, T, U).
             num_samples: S, at least 1.
             num_particles: as of :meth:`smooth`.
+            proposal: as of :meth:`smooth`.
 
         Returns:
             (S, M, T, D): x where it was observed, draws elsewhere, zero in the padding.
@@ -276,7 +284,8 @@ class StateSpaceModel(nn.Module):
         """
         if mask is None:
             raise ValueError("mask: expected where x was observed, got None")
-        z = self.smooth(x, lengths, inputs, mask, num_samples=num_samples, num_particles=num_particles)
+        how: dict[str, Any] = {"num_samples": num_samples, "num_particles": num_particles, "proposal": proposal}
+        z = self.smooth(x, lengths, inputs, mask, **how)
         x, lengths, inputs, mask = self._checked(x, lengths, inputs, mask)
         filled = torch.where(mask, x, self.decode(z, lengths, inputs).sample())
         return filled if lengths is None else torch.where(steps_within(lengths, x.shape[1])[..., None], filled, 0.0)

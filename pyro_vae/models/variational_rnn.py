@@ -30,19 +30,17 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.nn.functional import pad, softplus
+from torch.nn.functional import pad
 
 from pyro_vae.arguments import one_of, whole_number
 from pyro_vae.distributions import Emissions, MarkovSequence, WithMemory
 from pyro_vae.models.deep_markov import EMISSIONS, Emission
 from pyro_vae.models.registration import data_plate, register
 from pyro_vae.models.state_space import StateSpaceModel, of_elements
-from pyro_vae.networks import CELLS, MLP
+from pyro_vae.networks import CELLS, MLP, softplus_scale
 from pyro_vae.recurrence import scan
 
 __all__ = ["RecallingSequence", "VariationalRNN"]
-
-_LEAST_SCALE = 1e-4  # a softplus underflows to 0 in single precision
 
 
 class _Memory(nn.Module):
@@ -92,7 +90,7 @@ class _Step(nn.Module):
         shape = torch.broadcast_shapes(h.shape[:-1], now.shape[:-1])
         h = h.expand(*shape, -1)
         loc, raw = self.moments(torch.cat([h, now.expand(*shape, -1)], -1)).chunk(2, -1)
-        return WithMemory(dist.Normal(loc, softplus(raw) + _LEAST_SCALE).to_event(1), h)
+        return WithMemory(dist.Normal(loc, softplus_scale(raw)).to_event(1), h)
 
     def forward(self, state: Tensor, given: Tensor) -> TorchDistribution:
         """The law of s_t, event shape (J + H,), of s_{t-1} (..., J + H) and what is given (..., F) or (..., 2 F)."""

@@ -13,9 +13,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
-__all__ = ["ACTIVATIONS", "MLP", "GaussianMLP", "init_paper"]
+__all__ = ["ACTIVATIONS", "LEAST_SCALE", "MLP", "GaussianMLP", "init_paper", "softplus_scale"]
 
+LEAST_SCALE = 1e-4
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "softplus": nn.Softplus}
 
 
@@ -74,6 +76,11 @@ class GaussianMLP(nn.Module):
         """Return (mean, standard deviation), each (..., out_dim), of x (..., in_dim)."""
         loc, log_variance = self.layers(x).chunk(2, -1)
         return loc, (0.5 * log_variance).exp().clamp(*self.scale_bounds)
+
+
+def softplus_scale(raw: Tensor) -> Tensor:
+    """A standard deviation above 0 of any number: a softplus alone underflows to 0 in single precision."""
+    return softplus(raw) + LEAST_SCALE
 
 
 @torch.no_grad()
