@@ -72,6 +72,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/pendulum"), help="folder of the run and the figure")
     parser.add_argument("--num-sequences", type=int, default=5000, help="a tenth of them to test")
+    parser.add_argument("--process-noise", type=float, default=0.0, help="of what kicks the velocity, in 1 / s^(3/2)")
+    parser.add_argument("--iwae", type=int, default=0, metavar="K", help="train by the bound of K draws, not by SGVB")
     parser.add_argument("--start", type=int, default=30, help="step from which to forecast, of 50")
     parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of Adam")
@@ -82,7 +84,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.smoke:
         args.num_sequences, args.epochs, args.num_particles, args.num_samples = 40, 2, 20, 20
-    data = pv.pendulum(args.num_sequences)
+    data = pv.pendulum(args.num_sequences, process_noise=args.process_noise)
     torch.manual_seed(args.seed)
     dmm = pv.DeepMarkovModel(
         2, latent_dim=4, transition_dim=64, emission_dim=32, rnn_dim=64, emission="gaussian", cell="gru"
@@ -90,11 +92,11 @@ def main() -> None:
     run = pv.fit(
         dmm,
         data,
-        objective=pv.SGVB(estimator="B"),
+        objective=pv.IWAE(num_particles=args.iwae) if args.iwae else pv.SGVB(estimator="B"),
         optimizer=functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True),
         batch_size=50,
         epochs=args.epochs,
-        kl_warmup=5 * len(data.train),
+        kl_warmup=None if args.iwae else 5 * len(data.train),
         max_grad_norm=100.0,
         evaluate_every=5 * len(data.train),
         seed=args.seed,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.distributions import MaskedDistribution, TorchDistribution
 from torch import Tensor, nn
@@ -211,7 +213,7 @@ class MarkovSequence(TorchDistribution):  # type: ignore[misc]
         self.initial, self.transition = initial, transition
         self.inputs = None if inputs is None else _where(self.valid, inputs)
         super().__init__(batch_shape, (num_steps, *initial.event_shape), validate_args=validate_args)
-        self._path: tuple[Tensor, Tensor | None] | None = None  # what was drawn last, and its noise
+        self._path: _Path | None = None
         self._reparameterized = True
 
     @property
@@ -246,6 +248,9 @@ class MarkovSequence(TorchDistribution):  # type: ignore[misc]
         """
         if self.num_steps == 1:
             return (self.initial,)
+        drawn = self._drawn(value)
+        if drawn is not None and drawn.laws is not None:
+            return self.initial, drawn.laws
         before = self._filled(value)[..., :-1, :]
         if self.inputs is None:
             return self.initial, self.transition(before)
@@ -274,19 +279,19 @@ class MarkovSequence(TorchDistribution):  # type: ignore[misc]
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw paths, (*sample_shape, ..., T, J), with gradients where the laws have them."""
-        shape = torch.Size(sample_shape) + self.batch_shape
-        first, law = drawn_from(self.initial.expand(shape)), None
+        initial = self.initial.expand(torch.Size(sample_shape) + self.batch_shape)
+        first, law = drawn_from(initial), None
         if self.num_steps > 1:
             law = self.step_law(first, 1)
             self._reparameterized = law.has_rsample
-        if law is None or not (isinstance(self.transition, nn.Module) and _takes_noise(self.initial, law)):
+        if law is None or not (isinstance(self.transition, nn.Module) and _takes_noise(initial, law)):
             return self._step_by_step(first, law)
-        size = (self.num_steps, *first.shape[:-1], _noise_dim(self.initial))
+        size = (self.num_steps, *first.shape[:-1], _noise_dim(initial))
         noise = torch.randn(size, dtype=first.dtype, device=first.device)
-        first = _from_noise(self.initial, noise[0])
-        path = torch.cat([first[None], self._by_scan(first, noise[1:])]).movedim(0, -2)
-        path = _where(self.valid, path)
-        self._path = path, noise.movedim(0, -2)
+        first = _from_noise(initial, noise[0])
+        rest, laws = self._by_scan(first, noise[1:], _is_normal(law))
+        path = _where(self.valid, torch.cat([first[None], rest]).movedim(0, -2))
+        self._path = _Path(path, noise.movedim(0, -2), laws, torch.is_grad_enabled())
         return path
 
     @torch.no_grad()
@@ -294,17 +299,21 @@ class MarkovSequence(TorchDistribution):  # type: ignore[misc]
         """Draw paths, (*sample_shape, ..., T, J)."""
         return self.rsample(sample_shape)
 
-    def _by_scan(self, first: Tensor, noise: Tensor) -> Tensor:
-        """z_2, ..., z_T as a function of noise, (T - 1, ..., J)."""
+    def _by_scan(self, first: Tensor, noise: Tensor, normal: bool) -> tuple[Tensor, TorchDistribution | None]:
+        """z_2, ..., z_T as a function of noise, (T - 1, ..., J), and their laws (..., T - 1), if they are normal."""
         given = [noise]
         if self.valid is not None:
             given.append(self.valid.movedim(-1, 0)[1:, ..., None])
         if self.inputs is not None:
             given.append(self.inputs.movedim(-2, 0)[1:])
         assert isinstance(self.transition, nn.Module)
-        cell = _noisy_step(self.transition, self.valid is not None)
+        cell = _noisy_step(self.transition, self.valid is not None, normal)
         with pyro.validation_enabled(False):  # reads values, which cannot be recorded
-            return scan(cell, first, given)
+            if not normal:
+                return scan(cell, first, given), None
+            states = scan(cell, torch.cat([first, first, first], -1), given)
+            path, loc, scale = states.chunk(3, -1)
+            return path, dist.Normal(loc.movedim(0, -2), scale.movedim(0, -2)).to_event(1)
 
     def _step_by_step(self, first: Tensor, law: TorchDistribution | None) -> Tensor:
         steps = [first]
@@ -312,12 +321,13 @@ class MarkovSequence(TorchDistribution):  # type: ignore[misc]
             z = drawn_from(law if step == 1 else self.step_law(steps[-1], step))
             steps.append(z if self.valid is None else torch.where(self.valid[..., step, None], z, steps[-1]))
         path = _where(self.valid, torch.stack(steps, -2))
-        self._path = path, None
+        self._path = _Path(path, None, None, torch.is_grad_enabled())
         return path
 
     def _step_values(self, value: Tensor, laws: Sequence[TorchDistribution]) -> Iterator[Tensor]:
         """z_1, and z_2, ..., z_T; of a path drawn here, as a flow's own output, whose inverse the flow has kept."""
-        noise = self._path[1] if self._path is not None and self._path[0] is value else None
+        drawn = self._drawn(value)
+        noise = None if drawn is None else drawn.noise
         filled = self._filled(value)
         steps: Any
         for law, steps in zip(laws, (0, slice(1, None)), strict=False):
@@ -325,6 +335,12 @@ class MarkovSequence(TorchDistribution):  # type: ignore[misc]
                 yield _from_noise(law, noise[..., steps, :])
             else:
                 yield filled[..., steps, :]
+
+    def _drawn(self, value: Tensor) -> _Path | None:
+        """What is known of a path, if it is the one that was drawn here last, and has the gradients now wanted."""
+        path = self._path
+        serves = path is not None and path.value is value and (path.graded or not torch.is_grad_enabled())
+        return path if serves else None
 
     def _filled(self, value: Tensor) -> Tensor:
         return value if self.valid is None else _filled(value, self.valid[..., None], self.initial)
@@ -335,6 +351,23 @@ class MarkovSequence(TorchDistribution):  # type: ignore[misc]
         return steps if self.valid is None else torch.where(self.valid, steps, 0.0)
 
 
+@dataclass(frozen=True, eq=False)
+class _Path:
+    """What a Markov sequence drew last.
+
+    Attributes:
+        value: the path, (..., T, J).
+        noise: that it was made of, (..., T, J).
+        laws: of its steps from the second on, which were needed on the way.
+        graded: whether they were drawn with gradients, if there are any.
+    """
+
+    value: Tensor
+    noise: Tensor | None
+    laws: TorchDistribution | None
+    graded: bool
+
+
 @register_kl(MarkovSequence, MarkovSequence)  # type: ignore[untyped-decorator]
 def _kl_along_a_path(q: MarkovSequence, p: MarkovSequence) -> Tensor:
     """The sum of the steps' KL divergences, each in closed form given the step before it in the path drawn last from q.
@@ -343,7 +376,7 @@ def _kl_along_a_path(q: MarkovSequence, p: MarkovSequence) -> Tensor:
     """
     if q._path is None:
         raise NotImplementedError("no path was drawn from q")
-    pairs = zip(q.laws(q._path[0]), p.laws(q._path[0]), strict=True)
+    pairs = zip(q.laws(q._path.value), p.laws(q._path.value), strict=True)
     first, *rest = (kl_divergence(ours, theirs) for ours, theirs in pairs)
     return q._of_steps([first[..., None], *rest]).sum(-1)
 
@@ -648,20 +681,38 @@ def _is_flow(law: Any) -> bool:
 
 
 class _NoisyStep(nn.Module):
-    """z_t as a function of z_{t-1}, noise, whether the step is one of the sequence's, and inputs."""
+    """z_t as a function of z_{t-1}, noise, whether the step is one of the sequence's, and inputs.
 
-    def __init__(self, transition: nn.Module, masked: bool) -> None:
+    Args:
+        transition: gives the law of z_t.
+        masked: whether it is told which steps are the sequence's.
+        normal: whether the law is normal, and its mean and scale stand beside z_t in the state, (..., 3 J): its density
+            will be asked for, and they need not be computed twice.
+    """
+
+    def __init__(self, transition: nn.Module, masked: bool, normal: bool) -> None:
         super().__init__()
-        self.transition, self.masked = transition, masked
+        self.transition, self.masked, self.normal = transition, masked, normal
 
-    def forward(self, z: Tensor, noise: Tensor, *given: Tensor) -> Tensor:
+    def forward(self, state: Tensor, noise: Tensor, *given: Tensor) -> Tensor:
         """The next state."""
+        z = state[..., : noise.shape[-1]] if self.normal else state
         law = self.transition(z, *given[self.masked :])
         drawn = _from_noise(law, noise)
-        return torch.where(given[0], drawn, z) if self.masked else drawn  # where it ends it stays: a law's own value
+        if self.masked:
+            drawn = torch.where(given[0], drawn, z)  # where it ends it stays: a law's own value
+        if not self.normal:
+            return drawn
+        return torch.cat([drawn, *(moment.expand_as(drawn) for moment in (law.mean, law.base_dist.scale))], -1)
 
 
-def _noisy_step(transition: nn.Module, masked: bool) -> _NoisyStep:
+def _noisy_step(transition: nn.Module, *kind: bool) -> _NoisyStep:
     """The step, kept with the transition, beside its modules and not among them."""
     kept = transition.__dict__.setdefault("_pyro_vae_steps", {})
-    return kept.setdefault(masked, _NoisyStep(transition, masked))  # type: ignore[no-any-return]
+    return kept.setdefault(kind, _NoisyStep(transition, *kind))  # type: ignore[no-any-return]
+
+
+def _is_normal(law: Any) -> bool:
+    """Whether a vector's elements are independent and normal."""
+    is_vector = isinstance(law, Independent) and law.reinterpreted_batch_ndims == 1
+    return is_vector and type(law.base_dist) in (Normal, dist.Normal)

@@ -337,13 +337,16 @@ _by_number: WeakValueDictionary[int, _Recorded] = WeakValueDictionary()
 def _scan(
     number: int, wanted: Sequence[bool], state: Tensor, inputs: Sequence[Tensor], shared: Sequence[Tensor]
 ) -> list[Tensor]:
-    recorded = _by_number[number]
-    kept = _places(recorded, state, inputs)
-    for t, given in enumerate(zip(*inputs, strict=True)):
-        for place, value in zip(kept, recorded.step(state, *given, *shared), strict=True):
-            place[t] = value
-        state = kept[0][t]
-    return kept
+    recorded, kept = _by_number[number], []
+    for given in _steps(inputs):
+        kept.append(recorded.step(state, *given, *shared))
+        state = kept[-1][0]
+    return [torch.stack(values) for values in zip(*kept, strict=True)]
+
+
+def _steps(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """What tensors (T, ...) hold at each step."""
+    return zip(*(tensor.unbind() for tensor in tensors), strict=True)
 
 
 def _places(recorded: _Recorded, state: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -367,17 +370,14 @@ def _scan_backward(
     assert recorded.slopes is not None
     states, *residuals = kept
     before = torch.cat([state[None], states[:-1]])
-    adjoints = slope.clone(memory_format=torch.contiguous_format)
-    first: list[Tensor] = []
-    for t in range(len(states) - 1, -1 if wanted[0] else 0, -1):
-        (own,) = recorded.adjoint(
-            adjoints[t], before[t], *(tensor[t] for tensor in inputs), *shared, *(tensor[t] for tensor in residuals)
-        )
-        if t:
-            adjoints[t - 1] += own
-        else:
-            first = [own]
-    found = recorded.slopes(adjoints, before, *inputs, *shared, *residuals)
+    given, own = list(_steps([before, *inputs])), torch.zeros_like(state)
+    adjoints, rest = [*slope.unbind()], [*_steps(residuals)] if residuals else [()] * len(states)
+    for t in range(len(states) - 1, -1, -1):
+        adjoints[t] = adjoints[t] + own
+        if t or wanted[0]:
+            (own,) = recorded.adjoint(adjoints[t], *given[t], *shared, *rest[t])
+    first = [own] if wanted[0] else []
+    found = recorded.slopes(torch.stack(adjoints), before, *inputs, *shared, *residuals)
     return _apart([*first, *found], [*kept, *inputs, *shared])
 
 

@@ -279,7 +279,7 @@ def test_a_draw_is_made_step_by_step_of_its_noise(kind, monkeypatch):
             z = sequence.rsample((2,))
         else:
             sequence.rsample((2,))
-            noise = sequence._path[1].detach()
+            noise = sequence._path.noise.detach()
             steps = [_from_noise(sequence.initial, noise[..., 0, :])]
             for t in range(1, STEPS):
                 steps.append(_from_noise(transition(steps[-1], inputs[:, t]), noise[..., t, :]))
@@ -290,6 +290,41 @@ def test_a_draw_is_made_step_by_step_of_its_noise(kind, monkeypatch):
         found.append((z, *torch.autograd.grad(z.sin().sum(), used, allow_unused=True)))
     for a, b in zip(*found, strict=True):
         close(a, b)
+
+
+def density_of_a_draw(kind, lengths, graded, again):
+    """log q of a path that was drawn with or without gradients, and its slopes; of a copy of it if ``again``."""
+    torch.manual_seed(0)
+    transition = Walk(kind)
+    sequence = walk(kind, (3,), lengths, transition=transition).expand((4, 3))
+    with torch.set_grad_enabled(graded):
+        z = sequence.rsample()
+    density = sequence.log_prob(z.clone() if again else z)
+    used = list(transition.parameters())
+    return density, *torch.autograd.grad(density.sum(), used, allow_unused=True)
+
+
+@each_kind
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "ragged"])
+@pytest.mark.parametrize("graded", [True, False], ids=["with gradients", "without"])
+def test_laws_that_a_draw_needed_serve_its_density(kind, lengths, graded):
+    """Values and slopes are those of laws computed anew, also where the path was drawn without gradients."""
+    for ours, anew in zip(*(density_of_a_draw(kind, lengths, graded, again) for again in (False, True)), strict=True):
+        assert (ours is None) == (anew is None)
+        if ours is not None:
+            close(ours, anew)
+
+
+def test_a_normal_transition_is_called_once_for_a_draw_and_its_density():
+    calls = []
+    transition = Walk("normal")
+    sequence = walk("normal", (3,), transition=transition)
+    z = sequence.rsample()
+    transition.register_forward_hook(lambda *_: calls.append(1))
+    sequence.log_prob(z)
+    assert not calls
+    sequence.log_prob(z.clone())
+    assert calls
 
 
 def test_paths_have_the_law_of_the_steps():

@@ -536,8 +536,9 @@ def test_a_transition_and_its_step_are_collected():
     transition = Moving()
     walk = MarkovSequence(dist.Normal(torch.zeros(2), 1.0).to_event(1), transition, 5)
     walk.rsample((3,)).sum().backward()
-    gone = [weakref.ref(transition), weakref.ref(transition._pyro_vae_steps[False])]
-    del transition, walk
+    (step,) = transition._pyro_vae_steps.values()
+    gone = [weakref.ref(transition), weakref.ref(step)]
+    del transition, walk, step
     gc.collect()
     assert [one() for one in gone] == [None, None]
 

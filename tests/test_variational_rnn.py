@@ -154,6 +154,20 @@ def test_a_density_does_not_read_the_memory_of_a_value():
     close(torch.where(valid, prior.recalled(other), 0.0), path)
 
 
+def test_a_path_drawn_without_gradients_has_a_density_with_them():
+    model, given = model_of(), data()
+    parameters, found = list(model.parameters()), []
+    guide = model.encode(**given)
+    path = guide.sample()
+    for value in (path, path.clone()):
+        density = model.encode(**given).log_prob(value) if found else guide.log_prob(value)
+        found.append(torch.autograd.grad(density.sum(), parameters, allow_unused=True))
+    for ours, anew in zip(*found, strict=True):
+        assert (ours is None) == (anew is None)
+        if ours is not None:
+            close(ours, anew)
+
+
 def test_particles_can_be_moved_step_by_step():
     model, given = model_of(), data()
     guide, prior = model.encode(**given), model.prior(T, given["lengths"], x=given["x"])

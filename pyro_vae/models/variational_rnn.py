@@ -121,7 +121,7 @@ class RecallingSequence(MarkovSequence):
 
     def recalled(self, value: Tensor) -> Tensor:
         """A path (..., T, J + H) with the h that follow from its z; of a path that was drawn here, itself."""
-        if self._path is not None and self._path[0] is value:
+        if self._drawn(value) is not None:
             return value
         kept, graded = self._recollections, torch.is_grad_enabled()
         if not (kept and kept[0][0] is value and kept[0][1] == graded):
