@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--patience", type=int, default=40, help="evaluations without a better validation bound")
     parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=8e-4, help="of Adam")
+    parser.add_argument("--decay", type=float, default=1.0, help="by what the rate is multiplied after each epoch")
+    parser.add_argument("--ema", type=float, default=0.99, help="decay of the average of the weights that is kept")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="added to the gradient, times the weights")
     parser.add_argument("--warmup", type=int, default=100, help="epochs until the KL term has its full weight")
     parser.add_argument("--num-particles", type=int, default=500, help="K of the scorers")
@@ -64,6 +66,8 @@ def main() -> None:
         optimizer=functools.partial(
             torch.optim.Adam, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
         ),
+        learning_rate_schedule=args.decay,
+        ema_decay=args.ema,
         batch_size=args.batch_size,
         epochs=args.epochs,
         kl_warmup=args.warmup * len(data.train),

@@ -252,6 +252,7 @@ Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.")]
 Rows = Annotated[list[str] | None, typer.Option(help=_ROWS_HELP)]
 Split = Annotated[str, typer.Option(help="train, valid or test.")]
 Draws = Annotated[int, typer.Option(help="Draws of each sequence.", min=1)]
+_EMA_HELP = "Evaluate and keep an exponential moving average of the weights: 0.999 looks back about 1,000 steps."
 Particles = Annotated[int, typer.Option(help="Particles of the filter.", min=1)]
 PathProposal = Annotated[str | None, typer.Option("--proposal", help=_PATH_PROPOSAL_HELP)]
 PathParticles = Annotated[int | None, typer.Option(help=_PATHS_HELP, min=1)]
@@ -301,6 +302,8 @@ def train(
     batch_size: BatchSize = 100,
     num_samples: Annotated[int | None, _training(help="Budget in training samples; 1,000,000 if no --epochs.")] = None,
     epochs: Annotated[int | None, _training(help="Budget in passes through the data.")] = None,
+    learning_rate_schedule: Annotated[float | None, _training(help="Factor of the rate after each epoch.")] = None,
+    ema_decay: Annotated[float | None, _training(help=_EMA_HELP)] = None,
     max_grad_norm: Annotated[float | None, _training(help="Clip the gradient to this norm.")] = None,
     patience: Annotated[int | None, _training(help="Stop after so many evaluations without a better bound.")] = None,
     evaluate_every: EvaluateEvery = None,
@@ -350,6 +353,8 @@ def train(
         "checkpoint_every",
         "prior_scale",
         "kl_warmup",
+        "learning_rate_schedule",
+        "ema_decay",
         "max_grad_norm",
         "patience",
         "tensorboard",

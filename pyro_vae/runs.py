@@ -97,7 +97,8 @@ def load_run(run_dir: str | os.PathLike[str], program: HasModelAndGuide | None =
         raise RunDirectoryError(f"expected the directory of a run, but there is no {directory.path}")
     config = directory.read_config()
     checkpoint = directory.load()
-    tensors = checkpoint.part("best") or checkpoint.part("model")
+    average = {f"parameters/{name}": tensor for name, tensor in checkpoint.part("average").items()}
+    tensors = checkpoint.part("best") or checkpoint.part("model") | average
     if program is None:
         program = build_model(config, directory.path).to(next(iter(tensors.values())).dtype)
     bridged = as_program(program)

@@ -285,8 +285,8 @@ class SequenceGallery:
     @property
     def _knows_gaps(self) -> bool:
         """Whether the guide allows for gaps: by its form, or because it was told of them and trained on some."""
-        told = getattr(self.model, "missing", None)
-        return told is None or (bool(told) and self._data.observed("train") is not None)
+        trained = not hasattr(self.model, "missing") or self._data.observed("train") is not None
+        return bool(self.model.sees_gaps) and trained
 
     def _proposal(self, proposal: str | None, task: str, gaps: bool) -> tuple[str, tuple[str, ...]]:
         """Which proposal to take, and what is to be said of it."""

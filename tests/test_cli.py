@@ -90,9 +90,10 @@ def test_train_evaluate_sample_plot(tmp_path):
     assert names == {"curves", "samples", "reconstructions", "latents", "manifold", "traversals"}
 
 
-def test_resume_goes_on_bit_for_bit():
-    assert run("train", *SMALL, "--run-dir", "straight", "--epochs", 4).exit_code == 0
-    assert run("train", *SMALL, "--run-dir", "parts").exit_code == 0
+@pytest.mark.parametrize("options", [[], ["--learning-rate-schedule", 0.5, "--ema-decay", 0.9]])
+def test_resume_goes_on_bit_for_bit(options):
+    assert run("train", *SMALL, *options, "--run-dir", "straight", "--epochs", 4).exit_code == 0
+    assert run("train", *SMALL, *options, "--run-dir", "parts").exit_code == 0
     result = run("train", "--resume", "parts", "--epochs", 4)
     assert result.exit_code == 0, result.output
     a, b = (pv.load_run(path).program.state_dict() for path in ("straight", "parts"))

@@ -232,6 +232,23 @@ def test_the_prior_proposes_where_the_guide_is_wrong():
         model.fill(**given, proposal="posterior")
 
 
+@pytest.mark.parametrize(
+    ("missing", "gaps", "expected"),
+    [(False, True, "prior"), (False, False, "guide"), (True, True, "guide"), (True, False, "guide")],
+)
+@pytest.mark.parametrize("task", ["smooth", "fill"])
+def test_by_default_a_guide_that_is_not_told_of_gaps_proposes_none(task, missing, gaps, expected):
+    dmm = pv.DeepMarkovModel(D, J, 4, 4, 5, emission="gaussian", missing=missing)
+    assert dmm.sees_gaps == missing
+    x, mask = torch.randn(M, T, D), torch.ones(M, T, D, dtype=torch.bool)
+    mask[1, 2:4] = not gaps
+    found = []
+    for options in ({}, {"proposal": expected}):
+        torch.manual_seed(0)
+        found.append(getattr(dmm, task)(x, mask=mask, num_samples=3, **options))
+    assert torch.equal(*found)
+
+
 # Filling --------------------------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ from pyro_vae.training.checkpoint import CheckpointError, RunDirectory
 from pyro_vae.training.loop import require_objective
 from pyro_vae.training.optimizers import make_optimizer, optimizer_name
 from pyro_vae.training.provenance import checksum, describe, describe_data, require_same_run
+from pyro_vae.training.schedules import schedule_name
 from pyro_vae.training.settings import Settings
 
 __all__ = ["Member", "Probe", "Scorer", "held_out", "make_grid", "new_program", "refit_settings", "require_objectives"]
@@ -35,7 +36,8 @@ __all__ = ["Member", "Probe", "Scorer", "held_out", "make_grid", "new_program", 
 _OWN = ("program", "data", "objective", "seed", "run_dir", "resume", "progress", "evaluate_with")
 _FOR_ALL = ("test", "binarize")  # what every member is scored on
 _REFIT = (
-    *("optimizer", "learning_rate", "batch_size", "binarize", "max_grad_norm"),
+    *("optimizer", "learning_rate", "learning_rate_schedule", "schedule_every", "ema_decay"),
+    *("batch_size", "binarize", "max_grad_norm"),
     *("device", "compile", "evaluate_every", "evaluation_size"),
 )
 _SEED = 0  # of the scorer's noise and binarisation
@@ -72,6 +74,7 @@ def _checked(given: Mapping[str, Any]) -> Settings:
     """The settings of a run, validated as ``fit`` will."""
     values = {name: parameter.default for name, parameter in inspect.signature(fit).parameters.items()} | dict(given)
     values["optimizer"] = optimizer_name(values["optimizer"])
+    values["learning_rate_schedule"] = schedule_name(values["learning_rate_schedule"])
     return Settings(**{field.name: values[field.name] for field in fields(Settings)})
 
 

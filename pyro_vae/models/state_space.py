@@ -39,6 +39,11 @@ class StateSpaceModel(nn.Module):
 
     emission: nn.Module
 
+    @property
+    def sees_gaps(self) -> bool:
+        """Whether the guide is told which values were observed."""
+        return getattr(self, "missing", True) is True
+
     @abstractmethod
     def prior(self, num_steps: int, lengths: Tensor | None = None, inputs: Tensor | None = None) -> MarkovSequence:
         """p(z), of event shape (T, J).
@@ -179,7 +184,7 @@ class StateSpaceModel(nn.Module):
         *,
         num_samples: int = 100,
         num_particles: int | None = None,
-        proposal: str = "guide",
+        proposal: str | None = None,
     ) -> Tensor:
         """Paths of latents given all of x.
 
@@ -192,7 +197,8 @@ class StateSpaceModel(nn.Module):
             num_particles: None draws from the guide. A number K draws from the paths of a particle filter that proposes
                 by ``proposal``: right in the limit of many whatever that is, but of few different early steps.
             proposal: "guide", or "prior", which needs no guide that was trained on such data, gaps among them; then
-                ``num_particles`` is 1,000 if None.
+                ``num_particles`` is 1,000 if None. None: the guide, but the prior where x has gaps of which the guide
+                is not told (``missing=False``).
 
         Returns:
             Draws (S, M, T, J), zero in the padding.
@@ -202,8 +208,9 @@ class StateSpaceModel(nn.Module):
         """
         num_samples = whole_number("num_samples", num_samples)
         num_particles = None if num_particles is None else whole_number("num_particles", num_particles)
-        guided = one_of("proposal", proposal, ("guide", "prior")) == "guide"
-        given = self._checked(x, lengths, inputs, mask)
+        given = x, lengths, inputs, mask = self._checked(x, lengths, inputs, mask)
+        blind = mask is not None and not self.sees_gaps and not bool(mask.all())
+        guided = one_of("proposal", proposal or ("prior" if blind else "guide"), ("guide", "prior")) == "guide"
         if guided and num_particles is None:
             q = self.encode(*given)
             return q.expand((num_samples, *q.batch_shape)).sample()
@@ -263,7 +270,7 @@ class StateSpaceModel(nn.Module):
         *,
         num_samples: int = 100,
         num_particles: int | None = None,
-        proposal: str = "guide",
+        proposal: str | None = None,
     ) -> Tensor:
         """Draws of what was not observed, given what was.
 

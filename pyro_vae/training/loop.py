@@ -43,6 +43,7 @@ from pyro_vae.training.interrupts import Signals, TrainingInterrupted
 from pyro_vae.training.optimizers import OptimizerLike, load_state, make_optimizer, optimizer_name, state_tensors
 from pyro_vae.training.progress import progress_bar
 from pyro_vae.training.provenance import describe, describe_data, describe_environment, require_same_run
+from pyro_vae.training.schedules import Average, Schedule, ScheduleLike, schedule_name
 from pyro_vae.training.settings import Settings
 from pyro_vae.training.step import Batch, EagerStep, NonFiniteLossError
 
@@ -107,6 +108,7 @@ class _Position:
     stopped_early: bool = False
     steps: int = 0
     refused: str | None = None  # why its steps are eager for good
+    seen_bounds: list[float] = field(default_factory=list)  # by a schedule that waits for a plateau
     log_joint: float = 0.0  # mean over the samples since the last row, for objectives without a bound
     since_row: int = 0
 
@@ -118,6 +120,9 @@ def fit(
     objective: Any = None,
     optimizer: OptimizerLike = "adagrad",
     learning_rate: float | None = None,
+    learning_rate_schedule: ScheduleLike | None = None,
+    schedule_every: Literal["epoch", "step"] = "epoch",
+    ema_decay: float | None = None,
     batch_size: int = 100,
     num_samples: int | None = None,
     epochs: int | None = None,
@@ -166,6 +171,14 @@ def fit(
         objective: what to maximise: an objective of this package (None: ``SGVB()``) or any ELBO of Pyro's.
         optimizer: a name or class of ``torch.optim``, or a function of the parameters that returns an optimiser.
         learning_rate: None for 0.02 with Adagrad (as in the paper) and torch's default elsewhere.
+        learning_rate_schedule: a function of the optimiser that returns a scheduler of ``torch.optim.lr_scheduler``,
+            such as ``functools.partial(CosineAnnealingLR, T_max=100)``; or a number, by which the rate is multiplied
+            after each epoch. ``ReduceLROnPlateau``, with mode="max" and threshold_mode="abs", is shown each
+            evaluation's bound, of the validation data if there are any, else of the training data.
+        schedule_every: what a unit of the schedule is, an "epoch" or a "step".
+        ema_decay: d, above 0 and below 1, such as 0.999: keep an exponential moving average of the parameters, which
+            looks back about 1 / (1 - d) steps (the plain mean until there are as many). It is what is evaluated, kept
+            as the best, and left in the program at the end.
         batch_size: M, of all processes together; an iterable brings its own, of which each process takes its part. (A
             DataLoader with torch's DistributedSampler gives each process batches of its own, taken whole.)
         num_samples: training samples to see, the paper's x axis, counted from the start of the run (the batch that
@@ -221,6 +234,9 @@ def fit(
     settings = Settings(
         optimizer=optimizer_name(optimizer),
         learning_rate=learning_rate,
+        learning_rate_schedule=schedule_name(learning_rate_schedule),
+        schedule_every=schedule_every,
+        ema_decay=ema_decay,
         batch_size=batch_size,
         num_samples=num_samples,
         epochs=epochs,
@@ -246,7 +262,8 @@ def fit(
         move_to(bridged, device)
     with team.one_warning(), seeded(settings.seed):
         learner = SGVB() if objective is None else objective
-        trainer = _Trainer(bridged, learner, evaluate_with, optimizer, settings, team, told=program)
+        how = optimizer, learning_rate_schedule
+        trainer = _Trainer(bridged, learner, evaluate_with, how, settings, team, told=program)
         try:
             trainer.open(data, test, valid, compile)
         except BaseException:
@@ -346,14 +363,14 @@ class _Trainer:
         program: Program,
         objective: Any,
         evaluate_with: Any,
-        optimizer: OptimizerLike,
+        how: tuple[OptimizerLike, ScheduleLike | None],
         settings: Settings,
         ranks: Ranks,
         told: Any,
     ) -> None:
         self.told, self._is_told = told, False
         self.program, self.objective, self.settings, self.ranks = program, objective, settings, ranks
-        self._make_optimizer = optimizer
+        self._make_optimizer, self._make_schedule = how
         self.position = _Position()
         self.directory: RunDirectory | None = None
         self.board: Any = None
@@ -405,6 +422,10 @@ class _Trainer:
             self.objective.kl_weight = weight.to(next(iter(self.parameters.values())).device)
         self.trained = self._guide_parameters() if s.trained == "guide" else self.parameters
         self.optimizer: Optimizer = make_optimizer(self._make_optimizer, list(self.trained.values()), s.learning_rate)
+        self.schedule = None if self._make_schedule is None else Schedule(self._make_schedule, self.optimizer)
+        if self.schedule is not None and self.schedule.by_bound:
+            self._require_a_bound_to_wait_for()
+        self.average = None if s.ema_decay is None else Average(self.trained, s.ema_decay)
         buffers = self.program.named_buffers().values()
         self.exchange = Exchange(self.ranks, list(self.trained.values()), buffers) if self.ranks.size > 1 else None
         if s.prior_scale is not None and (shared := self.train_inputs.check.global_latents):
@@ -423,6 +444,13 @@ class _Trainer:
         self.step = (
             CompiledStep(*parts, **options, shapes=self._usual_shapes()) if compile else EagerStep(*parts, **options)
         )
+
+    def _require_a_bound_to_wait_for(self) -> None:
+        expected = "learning_rate_schedule: expected a bound for ReduceLROnPlateau to wait for"
+        if self.evaluated is None:
+            raise ValueError(f"{expected}, got {type(self.objective).__name__}, which has none; see evaluate_with")
+        if self.valid_inputs is None and not isinstance(self.train_inputs.data, TensorData):
+            raise ValueError(f"{expected}: of validation data (valid=...), for an iterable's is not known")
 
     def _usual_shapes(self) -> list[torch.Size]:
         """Shapes of the tensors of a batch that is not short."""
@@ -567,6 +595,8 @@ class _Trainer:
                             "iterated over again, such as a DataLoader or a list"
                         )
                     self.position.epoch, self.position.batch = self.position.epoch + 1, 0
+                    if self.schedule is not None and self.settings.schedule_every == "epoch":
+                        self.schedule.step()
                     if self.every is None:
                         self._evaluate()
             self._finish()
@@ -602,6 +632,10 @@ class _Trainer:
         position.samples += size
         position.batch += 1
         position.steps, position.refused = self.step.taken, self.step.refused
+        if self.average is not None:
+            self.average.update(position.steps)
+        if self.schedule is not None and self.settings.schedule_every == "step":
+            self.schedule.step()
         if not self.has_bound:
             position.log_joint = (position.log_joint * position.since_row - loss * size) / (position.since_row + size)
             position.since_row += size
@@ -668,6 +702,8 @@ class _Trainer:
         self._save()
         if self.best:
             copy_into(self._model_tensors(), self.best)
+        elif self.average is not None:
+            copy_into(dict(self.trained), self.average.values)
 
     # Evaluating -------------------------------------------------------------------------------------------------------
 
@@ -682,12 +718,14 @@ class _Trainer:
             return
         self.step.compare()
         self.position.refused = self.step.refused
-        row = self._row()
-        history.append(row := self.ranks.from_first(lambda: row))  # every process has a clock of its own
+        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+            row = self._row()
+            history.append(row := self.ranks.from_first(lambda: row))  # every process has a clock of its own
+            if on_rhythm and self.settings.patience is not None:
+                self._note_best(row["valid_bound"])
         if on_rhythm:
             self.position.log_joint, self.position.since_row = 0.0, 0
-        if on_rhythm and self.settings.patience is not None:
-            self._note_best(row["valid_bound"])
+            self._show_schedule(row)
         if self.directory is not None and self.ranks.first:
             self.directory.append_metrics(row)
         if self.board is not None:
@@ -697,6 +735,11 @@ class _Trainer:
         self._report(self.position.samples, row)
         if on_rhythm and self.settings.checkpoint_every is None:
             self._save()
+
+    def _show_schedule(self, row: Mapping[str, Any]) -> None:
+        if self.schedule is not None and self.schedule.by_bound:
+            self.position.seen_bounds.append(row.get("valid_bound", row["train_bound"]))
+            self.schedule.see(self.position.seen_bounds[-1])
 
     def _row(self) -> dict[str, Any]:
         position = self.position
@@ -752,6 +795,7 @@ class _Trainer:
         parts = {
             "model": self._model_tensors(),
             "best": self.best,
+            "average": {} if self.average is None else self.average.values,
             "optimizer": state_tensors(self.optimizer, list(self.trained)),
         }
         for rank, own in enumerate(everyones):
@@ -770,6 +814,12 @@ class _Trainer:
         copy_into(self._model_tensors(), checkpoint.part("model"))
         self.best = checkpoint.part("best")
         load_state(self.optimizer, list(self.trained), checkpoint.part("optimizer"))
+        if self.average is not None:
+            copy_into(self.average.values, checkpoint.part("average"))
+        if self.schedule is not None:
+            by_epoch = self.settings.schedule_every == "epoch"
+            turns = self.position.epoch if by_epoch else self.position.steps
+            self.schedule.replay(turns, self.position.seen_bounds)
         own = {part: checkpoint.part(_of_rank(part, self.ranks.rank)) for part in ("objective", "random")}
         if objective := own["objective"] or checkpoint.part("objective"):
             self.objective.load_state_dict(objective)

@@ -21,7 +21,8 @@ from pyro_vae.training.checkpoint import CheckpointError
 __all__ = ["checksum", "describe", "describe_data", "describe_environment", "require_same_run"]
 
 
-_SINCE = {"trained": "all", "precision": "full", "steps": "eager", "processes": 1}  # what older runs do not state
+# What older runs do not state.
+_SINCE = {"trained": "all", "precision": "full", "schedule_every": "epoch", "steps": "eager", "processes": 1}
 
 
 def describe(thing: Any) -> dict[str, Any]:

@@ -36,6 +36,9 @@ class Settings:
     patience: int | None
     trained: str = "all"
     precision: str = "full"
+    learning_rate_schedule: float | str | None = None
+    schedule_every: str = "epoch"
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         if (self.num_samples is None) == (self.epochs is None):
@@ -50,6 +53,12 @@ class Settings:
                 object.__setattr__(self, name, whole_number(name, value))
         one_of("trained", self.trained, ("all", "guide"))
         one_of("precision", self.precision, PRECISIONS)
+        one_of("schedule_every", self.schedule_every, ("epoch", "step"))
+        if self.ema_decay is not None:
+            decay = _positive("ema_decay", self.ema_decay)
+            if decay >= 1:
+                raise ValueError(f"ema_decay: expected a number above 0 and below 1, got {self.ema_decay!r}")
+            object.__setattr__(self, "ema_decay", decay)
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, 2**32 - 1))
         for name in ("learning_rate", "prior_scale", "max_grad_norm"):
             value = getattr(self, name)

@@ -2,6 +2,8 @@
 
 import functools
 import math
+from typing import ClassVar
+from unittest import mock
 
 import numpy as np
 import pyro
@@ -9,13 +11,17 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
 from pyro_vae.training import NonFiniteLossError
 from pyro_vae.training.checkpoint import RunDirectory
+from pyro_vae.training.schedules import Schedule
 from pyro_vae.training.step import Batch, EagerStep
 from tests.training.test_resume import assert_same, parameters, small_vae
+
+UNTIL_FLAT = functools.partial(ReduceLROnPlateau, mode="max", threshold_mode="abs")
 
 
 def ppca(num_data=400):
@@ -206,6 +212,90 @@ def test_prior_scale_is_shared_out_over_the_data():
     assert program.named_parameters()["t"].item() == pytest.approx(3.0 - 3.0 / (10 * 0.25))
 
 
+class Noted(torch.optim.SGD):
+    """Gradient steps, whose rates are written down, and the parameters after each of them."""
+
+    rates: ClassVar[list] = []
+    path: ClassVar[list] = []
+
+    def step(self, closure=None):
+        (group,) = self.param_groups
+        self.rates.append(group["lr"])
+        super().step(closure)
+        self.path.append([tensor.detach().clone() for tensor in group["params"]])
+
+
+def noted(**settings):
+    """A VAE after four epochs of three steps at a rate of 0.01, the rates, and the parameters after each step."""
+    Noted.rates, Noted.path, vae = [], [], small_vae()
+    run = pv.fit(
+        vae, torch.ones(6, 8, 8), batch_size=2, optimizer=Noted, learning_rate=0.01, **({"epochs": 4} | settings)
+    )
+    return run, Noted.rates, Noted.path
+
+
+@pytest.mark.parametrize(
+    ("schedule", "every", "expected"),
+    [
+        (0.1, "epoch", [1] * 3 + [0.1] * 3 + [0.01] * 3 + [0.001] * 3),
+        (0.5, "step", [0.5**n for n in range(12)]),
+        (functools.partial(StepLR, step_size=2, gamma=0.1), "epoch", [1] * 6 + [0.1] * 6),
+        (functools.partial(LinearLR, start_factor=0.5, total_iters=2), "step", [0.5, 0.75] + [1] * 10),
+        (functools.partial(LambdaLR, lr_lambda=lambda epoch: epoch), "epoch", [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3),
+    ],
+)
+def test_the_rate_follows_its_schedule(schedule, every, expected):
+    _, rates, _ = noted(learning_rate_schedule=schedule, schedule_every=every)
+    assert rates == pytest.approx([0.01 * factor for factor in expected])
+
+
+def test_a_plateau_of_the_validation_bound_lowers_the_rate():
+    schedule = functools.partial(UNTIL_FLAT, factor=0.1, patience=1, threshold=1e9)
+    _, rates, _ = noted(learning_rate_schedule=schedule, epochs=6, valid=torch.ones(2, 8, 8))
+    assert rates == pytest.approx([0.01] * 9 + [0.001] * 6 + [0.0001] * 3)  # the first is the best; then two are not
+    seen, see = [], Schedule.see
+    with mock.patch.object(Schedule, "see", lambda self, bound: seen.append(bound) or see(self, bound)):
+        run, _, _ = noted(learning_rate_schedule=schedule, valid=torch.zeros(2, 8, 8))
+    assert seen == [row["valid_bound"] for row in run.history]
+    assert seen != [row["train_bound"] for row in run.history]
+
+
+def test_averaged_weights_are_evaluated_and_kept():
+    """By hand: the mean of the steps' parameters until there are ten, then d a + (1 - d) w."""
+    plain, _, path = noted()
+    averages, found = path[0], []
+    for n, weights in enumerate(path, 1):
+        d = min(0.9, (n - 1) / n)
+        averages = [d * a + (1 - d) * w for a, w in zip(averages, weights, strict=True)]
+        found.append(averages)
+    run, _, averaged_path = noted(ema_decay=0.9)
+    for a, b in zip(path[-1], averaged_path[-1], strict=True):
+        assert torch.equal(a, b)  # the average takes no part in training
+    for ours, expected in zip(run.program.parameters(), found[-1], strict=True):
+        torch.testing.assert_close(ours, expected)
+    assert [row["train_bound"] for row in run.history] != [row["train_bound"] for row in plain.history]
+    for row, weights in zip(run.history, found[2::3], strict=True):
+        vae = small_vae()
+        for tensor, value in zip(vae.parameters(), weights, strict=True):
+            tensor.data.copy_(value)
+        assert row["train_bound"] == pytest.approx(pv.evaluate_bound(vae, torch.ones(6, 8, 8), seed=0).mean, rel=1e-5)
+
+
+def test_the_best_weights_are_averages_too(tmp_path):
+    run, _, _ = noted(ema_decay=0.9, valid=torch.zeros(2, 8, 8), patience=100, run_dir=tmp_path / "r")
+    assert run.best_bound == max(row["valid_bound"] for row in run.history)
+    bound = pv.evaluate_bound(run.program, torch.zeros(2, 8, 8), seed=0)
+    assert bound.mean == pytest.approx(run.best_bound, rel=1e-5)
+    assert_same(parameters(pv.load_run(tmp_path / "r").program), parameters(run.program))
+
+
+def test_a_stored_run_gives_the_averages(tmp_path):
+    run, _, path = noted(ema_decay=0.9, run_dir=tmp_path / "r")
+    stored = pv.load_run(tmp_path / "r").program
+    assert_same(parameters(stored), parameters(run.program))
+    assert not torch.equal(next(stored.parameters()), path[-1][0])
+
+
 def test_kl_warmup_changes_training_but_never_what_is_logged(monkeypatch):
     weights = []
     real = pv.SGVB.differentiable_loss
@@ -307,6 +397,17 @@ def test_non_finite_loss_stops_before_the_update_and_names_the_site(tmp_path):
         ({"epochs": 1, "kl_warmup": 5, "objective": pyro.infer.Trace_ELBO()}, "kl_weight"),
         ({"epochs": 1, "binarize": "yes"}, "binarize: expected"),
         ({"epochs": 1, "prior_scale": 0.0}, "prior_scale: expected"),
+        ({"epochs": 1, "ema_decay": 1.0}, "ema_decay: expected a number above 0 and below 1, got 1.0"),
+        ({"epochs": 1, "ema_decay": "much"}, "ema_decay: expected"),
+        ({"epochs": 1, "schedule_every": "week"}, "schedule_every: expected"),
+        ({"epochs": 1, "learning_rate_schedule": -1.0}, "learning_rate_schedule: expected a factor above 0, or"),
+        ({"epochs": 1, "learning_rate_schedule": "cosine"}, "scheduler, got 'cosine'"),
+        ({"epochs": 1, "learning_rate_schedule": lambda optimizer: 0.1}, "which returned 0.1"),
+        ({"epochs": 1, "learning_rate_schedule": ReduceLROnPlateau}, "with mode='max' and threshold_mode='abs'"),
+        (
+            {"epochs": 1, "objective": pv.MCEM(), "learning_rate_schedule": UNTIL_FLAT},
+            "expected a bound for ReduceLROnPlateau to wait for, got MCEM",
+        ),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path):

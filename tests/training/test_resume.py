@@ -16,6 +16,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
@@ -68,6 +69,26 @@ SETTINGS = {
         "max_grad_norm": 1.0,
         "prior_scale": 1.0,
         "patience": 50,
+    },
+    "falling rate, averaged weights": {
+        "optimizer": "adam",
+        "learning_rate_schedule": 0.5,
+        "ema_decay": 0.9,
+        "valid": torch.rand(50, 8, 8),
+        "patience": 50,
+    },
+    "one cycle of rates and momenta": {
+        "optimizer": "adam",
+        "learning_rate_schedule": functools.partial(OneCycleLR, max_lr=0.01, total_steps=100),
+        "schedule_every": "step",
+        "ema_decay": 0.99,
+    },
+    "rate by plateau": {
+        "optimizer": "sgd",
+        "learning_rate": 1e-6,
+        "learning_rate_schedule": functools.partial(
+            ReduceLROnPlateau, mode="max", threshold_mode="abs", patience=0, threshold=1.0
+        ),
     },
 }
 
