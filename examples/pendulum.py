@@ -2,8 +2,9 @@
 
     python examples/pendulum.py --out runs/pendulum
 
-Simulated pendulums swing through up to 135 degrees to either side; sine and cosine of the angle are observed with noise
-of standard deviation 0.1, ten times a second. A deep Markov model is trained on them that knows nothing of pendulums.
+Simulated pendulums are let go at up to 135 degrees to either side and kicked at random; sine and cosine of the angle are
+observed with noise of standard deviation 0.1, ten times a second. A deep Markov model is trained on them that knows
+nothing of pendulums.
 On test sequences: how far the angle is off, read off a single observation and off the smoothed latents; and how often
 forecasts' 90 % intervals hold what was observed later.
 """
@@ -62,7 +63,7 @@ def draw(x: Tensor, draws: Tensor, start: int, rows: int = 3) -> Figure:
             axes.fill_between(steps[start:], *edges, alpha=shade, color="C0", lw=0, label=f"{high - low:.0%} interval")
         axes.plot(steps[start:], draws[:, row, :, 0].median(0).values, color="C0", label="median")
         axes.set_ylabel("sin(angle)")
-    figure.axes[0].legend(fontsize=8, loc="upper left")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=4)
     figure.axes[-1].set_xlabel("step, a tenth of a second")
     return figure
 
@@ -72,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/pendulum"), help="folder of the run and the figure")
     parser.add_argument("--num-sequences", type=int, default=5000, help="a tenth of them to test")
-    parser.add_argument("--process-noise", type=float, default=0.0, help="of what kicks the velocity, in 1 / s^(3/2)")
+    parser.add_argument("--process-noise", type=float, default=0.5, help="of what kicks the velocity, in 1 / s^(3/2)")
     parser.add_argument("--iwae", type=int, default=0, metavar="K", help="train by the bound of K draws, not by SGVB")
     parser.add_argument("--start", type=int, default=30, help="step from which to forecast, of 50")
     parser.add_argument("--epochs", type=int, default=150)
