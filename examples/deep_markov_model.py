@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=1.0, help="by what the rate is multiplied after each epoch")
     parser.add_argument("--ema", type=float, default=0.99, help="decay of the average of the weights that is kept")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="added to the gradient, times the weights")
+    parser.add_argument("--max-grad-norm", type=float, default=200.0, help="clip the gradient to this")
     parser.add_argument("--warmup", type=int, default=100, help="epochs until the KL term has its full weight")
     parser.add_argument("--num-particles", type=int, default=500, help="K of the scorers")
     parser.add_argument("--seed", type=int, default=0)
@@ -71,7 +72,7 @@ def main() -> None:
         batch_size=args.batch_size,
         epochs=args.epochs,
         kl_warmup=args.warmup * len(data.train),
-        max_grad_norm=1000.0,
+        max_grad_norm=args.max_grad_norm,
         evaluate_every=10 * len(data.train),
         valid=(data.valid, data.valid_lengths),
         patience=args.patience,
