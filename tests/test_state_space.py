@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import distributions
 from pyro_vae.distributions import MarkovSequence, steps_within
+from pyro_vae.distributions import sequences as distributions
 from pyro_vae.models.deep_markov import EMISSIONS, GUIDES, GatedTransition
 from pyro_vae.models.state_space import StateSpaceModel
 from pyro_vae.networks import recurrent
