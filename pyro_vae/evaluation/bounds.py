@@ -124,8 +124,9 @@ def evaluate_kl(
 ) -> dict[str, float]:
     """What each latent site of the data plate costs: the mean over data of log q - log p at a draw, in nats per datum.
 
-    Over draws that is the KL divergence of the guide's law of the site from the model's, each given the sites that it
-    depends on. Near 0 for a whole layer, its latents say nothing of the data: "posterior collapse".
+    Over draws that is the KL divergence of the guide's law of the site from the model's, where the guide draws in the
+    model's order; lower layers of a bottom-up guide may cost less than nothing, and the sum over sites is a divergence
+    always. Near 0 for a whole layer, its latents say nothing of the data: "posterior collapse".
 
     Args:
         program: an object with ``.model`` and ``.guide``.

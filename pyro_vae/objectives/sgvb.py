@@ -84,8 +84,10 @@ class SGVB(Objective):
         """
         weights = self._log_weights(model, guide, args, kwargs, reparameterized=True)
         per_datum, shared = self._bounds(weights)
-        lacking = [(self.free_bits - kl.mean()).relu() for kl in weights.kl.values() if kl.ndim == 2]
-        free = self.kl_weight * len(per_datum) * sum(lacking)
+        lacking = sum((self.free_bits - kl.mean()).relu() for kl in weights.kl.values() if kl.ndim == 2)
+        free = torch.where(
+            self.free_bits > 0, self.kl_weight * len(per_datum) * lacking, 0.0
+        )  # a sample may be below 0
         return -(weights.scale * (per_datum.sum() - free) + shared)
 
     def bound(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -208,7 +208,8 @@ def fit(
         prior_scale: s of a prior N(0, s^2) on every parameter (maximum a posteriori; the paper's is 1). None: none.
             (A posterior over weights is the model's: ``pyro_vae.VAE(bayesian=True)``, :func:`pyro_vae.bayesian`.)
         kl_warmup: raise the weight of the KL term linearly from 0 to 1 over so many samples.
-        free_bits: nats that the mean KL of each latent site may have at no cost (arXiv:1606.04934, eq. (15)).
+        free_bits: nats that the mean KL of each latent site may have at no cost (arXiv:1606.04934, eq. (15)). It is
+            meant for sites that the guide draws in the model's order: of others log q - log p may be below 0.
         kl_by_site: add to the history what each latent site costs, as "train_kl_z", "test_kl_z" and so on: see
             :func:`pyro_vae.evaluation.evaluate_kl`.
         max_grad_norm: clip the gradient of the mean loss, in nats per datum, to this Euclidean norm.
