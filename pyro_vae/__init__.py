@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pyro_vae.experiments.compare import compare as compare
     from pyro_vae.models import VAE as VAE
     from pyro_vae.models import GaussianMixture as GaussianMixture
+    from pyro_vae.models import HierarchicalVAE as HierarchicalVAE
     from pyro_vae.models import LinearGaussian as LinearGaussian
     from pyro_vae.models import LinearGaussianSSM as LinearGaussianSSM
     from pyro_vae.models import ProdLDA as ProdLDA
@@ -87,6 +88,7 @@ _HOMES = {
     "Dataset": "data",
     "DeepMarkovModel": "models",
     "GaussianMixture": "models",
+    "HierarchicalVAE": "models",
     "LinearGaussian": "models",
     "LinearGaussianSSM": "models",
     "Objective": "objectives",

@@ -174,26 +174,25 @@ _OBJECTIVE_OPTIONS = (
     "threshold",
     "resampling",
 )
-_MODELS = ("vae", "deep-markov")
-_VAE_OPTIONS = (
-    "hidden_dims",
-    "likelihood",
-    "activation",
-    "init",
-    "bayesian",
-    "local_reparameterization",
-    "learn_prior",
+_NETWORK_OPTIONS = ("hidden_dims", "likelihood", "activation", "network", "channels")
+_WEIGHTS_OPTIONS = ("bayesian", "local_reparameterization", "learn_prior")
+_MODEL_OPTIONS = {
+    "vae": (*_NETWORK_OPTIONS, "latent_dim", "init", "prior", "posterior", *_WEIGHTS_OPTIONS),
+    "hierarchical": (*_NETWORK_OPTIONS, "latent_dims", "guide"),
+    "deep-markov": (
+        *("latent_dim", "transition_dim", "emission_dim", "rnn_dim", "guide", "emission", "cell", "num_flows"),
+        "missing",
+    ),
+}
+_LIKELIHOOD_HELP = (
+    "bernoulli (binary data), gaussian, gaussian-shared, continuous-bernoulli, beta (data from 0 to 1),"
+    + (" discretized-logistic (8-bit images) or negative-binomial (counts).")
 )
-_DEEP_MARKOV_OPTIONS = (
-    "transition_dim",
-    "emission_dim",
-    "rnn_dim",
-    "guide",
-    "emission",
-    "cell",
-    "num_flows",
-    "missing",
+_POSTERIOR_HELP = "diagonal, full, iaf or spline; laplace, logistic, student-t, gumbel, log-normal, gamma, beta," + (
+    " kumaraswamy or dirichlet."
 )
+_GUIDE_HELP = "st-r (the default), st-l, st-lr, mf-lr or mf-r; hierarchical: bottom-up (the default) or top-down."
+_LAYERS_HELP = "hierarchical: dimensions of the layers of latents, that of the data first: 100,50."
 _EMISSION_HELP = (
     "bernoulli, gaussian, student-t or poisson; by default bernoulli of data that are 0 and 1, else gaussian."
 )
@@ -202,6 +201,7 @@ _METHOD_HELP = "importance (a lower bound on average), ais (likewise), posterior
 )
 _PARTICLES_HELP = "Draws or chains per datum (K); by default 1,000, of ais 16."
 _HIDDEN_HELP = "Widths of the encoder's hidden layers: 500, or 500,200, or repeated; the decoder mirrors them."
+_CHANNELS_HELP = "conv, resnet: channels of the levels, each of which halves the image; the decoder mirrors them."
 _GUIDELESS = "--method ais --initial prior"
 _METHOD_OPTIONS = ("defensive", "num_steps", "initial", "num_leapfrog")
 _FILTER_OPTIONS = ("proposal", "resampling", "threshold", "num_repeats")
@@ -226,8 +226,8 @@ DataRoot = Annotated[Path | None, _data(help=_ROOT_HELP, envvar="PYRO_VAE_DATA")
 Binarize = Annotated[str | None, _data(help=_BINARIZE_HELP)]
 LatentDim = Annotated[int, _model(help="Dimension of z.")]
 HiddenDims = Annotated[list[str], _model(help=_HIDDEN_HELP)]
-Likelihood = Annotated[str, _model(help="bernoulli (binary data) or gaussian (data from 0 to 1).")]
-ModelName = Annotated[str, _model(help="vae, or deep-markov of sequences.")]
+Likelihood = Annotated[str, _model(help=_LIKELIHOOD_HELP)]
+ModelName = Annotated[str, _model(help="vae, hierarchical, or deep-markov of sequences.")]
 ModelDim = Annotated[int | None, _model(help="Dimension of z, of z_t; by default 20, of deep-markov 100.")]
 Activation = Annotated[str, _model(help="tanh, relu or softplus.")]
 Init = Annotated[str, _model(help="default (torch's) or paper: N(0, 0.01).")]
@@ -274,13 +274,18 @@ def train(
     likelihood: Likelihood = "bernoulli",
     activation: Activation = "tanh",
     init: Init = "default",
+    network: Annotated[str, _model(help="mlp; of images conv or resnet.")] = "mlp",
+    channels: Annotated[list[str], _model(help=_CHANNELS_HELP)] = ["32,64"],  # noqa: B006
+    prior: Annotated[str, _model(help="p(z): standard, mixture, vamp or flow.")] = "standard",
+    posterior: Annotated[str, _model(help=_POSTERIOR_HELP)] = "diagonal",
+    latent_dims: Annotated[list[str], _model(help=_LAYERS_HELP)] = ["100,50"],  # noqa: B006
     bayesian: Annotated[str, _model(help=_BAYESIAN_HELP)] = "none",
     local_reparameterization: Annotated[bool, _model("--local-reparameterization", help=_LOCAL_HELP)] = False,
     learn_prior: Annotated[bool, _model("--learn-prior", help=_LEARN_HELP)] = False,
     transition_dim: Annotated[int | None, _markov(help="Width of the transition's layers; by default 200.")] = None,
     emission_dim: Annotated[int | None, _markov(help="Width of the emission's layers; by default 100.")] = None,
     rnn_dim: Annotated[int | None, _markov(help="Width of the guide's recurrent network; by default 600.")] = None,
-    guide: Annotated[str | None, _markov(help="st-r (the default), st-l, st-lr, mf-lr or mf-r.")] = None,
+    guide: Annotated[str | None, _markov(help=_GUIDE_HELP)] = None,
     emission: Annotated[str | None, _markov(help=_EMISSION_HELP)] = None,
     cell: Annotated[str | None, _markov(help="tanh (the default), relu, gru or lstm.")] = None,
     num_flows: Annotated[int | None, _markov(help="Layers of an inverse autoregressive flow; by default none.")] = None,
@@ -296,6 +301,8 @@ def train(
     threshold: Annotated[float | None, _objective(help="fivo: resample below this share of K.")] = None,
     resampling: Annotated[str | None, _objective(help="fivo: systematic or multinomial.")] = None,
     kl_warmup: Annotated[int | None, _objective(help="Raise the KL weight from 0 to 1 over so many samples.")] = None,
+    free_bits: Annotated[float | None, _objective(help="Nats of each latent site's KL that cost nothing.")] = None,
+    kl_by_site: Annotated[bool, _objective("--kl-by-site", help="Note the KL of each latent site.")] = False,
     prior_scale: Annotated[float | None, _objective(help=_PRIOR_HELP)] = None,
     optimizer: OptimizerName = "adagrad",
     learning_rate: Annotated[float | None, _training(help="By default 0.02 for adagrad, else torch's own.")] = None,
@@ -340,11 +347,11 @@ def train(
     data = pv.load_dataset(dataset, root=root, binarize=binarize)  # type: ignore[arg-type]
     torch.manual_seed(seed)  # the initial parameters
     weights = _weights(bayesian, options)
-    if model == "vae":
-        _require_no_sequences(data, "model" in given)
-        made = _vae(data, options, weights)
-    else:
+    if model == "deep-markov":
         made = _deep_markov(data, options)
+    else:
+        _require_no_sequences(data, "model" in given)
+        made = _vae(data, options, weights) if model == "vae" else _hierarchical(data, options)
     directory = run_dir or Path("runs", f"{data.name}-{ranks().from_first(lambda: time.strftime('%Y%m%d-%H%M%S'))}")
     _say(f"training {_described(made)} on {data.name} ({data.train.shape[0]:,} training {_units(data)}) in {directory}")
     budget = 1_000_000 if num_samples is None and epochs is None else num_samples
@@ -353,6 +360,8 @@ def train(
         "checkpoint_every",
         "prior_scale",
         "kl_warmup",
+        "free_bits",
+        "kl_by_site",
         "learning_rate_schedule",
         "ema_decay",
         "max_grad_norm",
@@ -382,12 +391,11 @@ def _set_by_user(context: typer.Context) -> set[str]:
 
 
 def _require_own_options(model: str, given: set[str]) -> None:
-    """Refuse what is for the other model."""
-    foreign = {"vae": _DEEP_MARKOV_OPTIONS, "deep-markov": _VAE_OPTIONS}[one_of("--model", model, _MODELS)]
-    if unused := [name for name in foreign if name in given]:
-        other = next(name for name in _MODELS if name != model)
-        flag = unused[0].replace("_", "-")
-        raise ValueError(f"--{flag} is for --model {other}, got --model {model}")
+    """Refuse what is for another model."""
+    own = _MODEL_OPTIONS[one_of("--model", model, _MODEL_OPTIONS)]
+    for name in sorted(given & {name for names in _MODEL_OPTIONS.values() for name in names} - set(own)):
+        others = " or ".join(other for other, names in _MODEL_OPTIONS.items() if name in names)
+        raise ValueError(f"--{name.replace('_', '-')} is for --model {others}, got --model {model}")
 
 
 def _require_no_sequences(data: Dataset, named: bool) -> None:
@@ -398,12 +406,23 @@ def _require_no_sequences(data: Dataset, named: bool) -> None:
 def _vae(data: Dataset, options: Mapping[str, Any], weights: Mapping[str, Any]) -> Any:
     import pyro_vae as pv
 
-    shape, latent_dim = tuple(data.train.shape[1:]), options["latent_dim"]
-    latent_dim = 20 if latent_dim is None else latent_dim
-    names = ("likelihood", "activation", "init")
-    return pv.VAE(
-        shape, latent_dim, _whole_numbers(options["hidden_dims"]), *(options[name] for name in names), **weights
-    )
+    latent_dim = 20 if options["latent_dim"] is None else options["latent_dim"]
+    own = {name: options[name] for name in ("init", "prior", "posterior")}
+    return pv.VAE(latent_dim=latent_dim, **_network(data, options), **own, **weights)
+
+
+def _hierarchical(data: Dataset, options: Mapping[str, Any]) -> Any:
+    import pyro_vae as pv
+
+    guide, dims = options["guide"] or "bottom-up", _whole_numbers(options["latent_dims"])
+    return pv.HierarchicalVAE(latent_dims=dims, guide=guide, **_network(data, options))
+
+
+def _network(data: Dataset, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What networks are made with, of data that are no sequences."""
+    sizes = {name: _whole_numbers(options[name]) for name in ("hidden_dims", "channels")}
+    named = {name: options[name] for name in ("likelihood", "activation", "network")}
+    return {"data_shape": tuple(data.train.shape[1:]), **sizes, **named}
 
 
 def _deep_markov(data: Dataset, options: Mapping[str, Any]) -> Any:
@@ -423,7 +442,7 @@ def _deep_markov(data: Dataset, options: Mapping[str, Any]) -> Any:
             f"--model deep-markov: expected sequences of vectors, (N, T, D), such as jsb-chorales or pendulum; "
             f"{data.name} holds {kind} of shape {shape[1:] if data.train_lengths is None else shape[2:]}"
         )
-    names = ("latent_dim", *_DEEP_MARKOV_OPTIONS)
+    names = _MODEL_OPTIONS["deep-markov"]
     given = {name: options[name] for name in names if options[name] is not None}
     if not given["missing"] and any(data.observed(split) is not None for split in ("train", "valid", "test")):
         _say(f"{data.name} has gaps: with --missing the guide is told where")
@@ -439,6 +458,8 @@ def _emission_of(x: Any) -> str:
 def _described(model: Any) -> str:
     if _is_sequential(model):
         return f"a deep Markov model {model.data_dim} -> {model.latent_dim}, {model.config['emission']} emissions,"
+    if hasattr(model, "latent_dims"):
+        return f"a hierarchical VAE {tuple(model.data_shape)} -> {' -> '.join(map(str, model.latent_dims))}"
     return f"a VAE {tuple(model.data_shape)} -> {model.latent_dim}"
 
 
@@ -619,6 +640,8 @@ def evaluate(
     console.print(table)
     if not math.isnan(score.mc_error):
         _say(f"Monte Carlo error of log p(x): {score.mc_error:.3f} nats")
+    if (bits := _bits(stored.program, score.mean)) is not None:
+        _say(f"bits per dimension: {bits:.4f}")
     for remark in score.remarks():
         _say(remark)
     if json_file is not None and _is_first():
@@ -631,6 +654,7 @@ def evaluate(
             "log_marginal": score.mean,
             "log_marginal_se": score.std_error,
             "log_marginal_mc_error": score.mc_error,
+            "bits_per_dim": bits,
             "method": method,
             "num_particles": score.num_particles,
             "options": score.options,
@@ -645,6 +669,15 @@ def evaluate(
         if "pareto_k" in score.diagnostics:
             result["num_pareto_k_above_0.7"] = score.num_heavy
         write_json(json_file, result)
+
+
+def _bits(model: Any, log_prob: float) -> float | None:
+    """Bits per dimension of log p(x), in nats, where the data are levels of a grid; else None."""
+    from pyro_vae.models.likelihoods import bits_per_dim
+
+    if getattr(getattr(model, "likelihood", None), "num_levels", None) is None:
+        return None
+    return bits_per_dim(log_prob, math.prod(model.data_shape))
 
 
 @_command("pyro-vae compare --objective sgvb --objective iwae:num_particles=10 --learning-rate 0.02 --run-dir runs/c")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +12,12 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_vae import plots
 from pyro_vae.data import Dataset
 from pyro_vae.inputs import open_inputs
-from pyro_vae.programs import as_program
+from pyro_vae.programs import as_program, log_weights
 from pyro_vae.runs import StoredRun
 
 __all__ = ["KINDS", "Gallery", "as_images", "learning_curves"]
@@ -23,6 +25,7 @@ __all__ = ["KINDS", "Gallery", "as_images", "learning_curves"]
 KINDS = ("curves", "samples", "reconstructions", "latents", "manifold", "traversals")
 
 _AT_MOST = 2000  # points of a scatter plot
+_DRAWS = 100  # of latents whose mean is not known
 
 
 class Gallery:
@@ -46,6 +49,10 @@ class Gallery:
             needs = dict.fromkeys(
                 ("samples", "reconstructions", "manifold", "traversals"), "images (H, W) or (H, W, C)"
             )
+        elif hasattr(self.model, "descend"):
+            needs = dict.fromkeys(("manifold", "traversals"), "one layer of latents")
+        elif not _is_on_the_real_line(self.model):
+            needs = dict.fromkeys(("manifold", "traversals"), "latents on the real line")
         elif self.model.latent_dim != 2:
             needs = {"manifold": "latent_dim 2"}
         if not self.stored.has_trained_guide:
@@ -70,13 +77,13 @@ class Gallery:
     def reconstructions(self) -> Figure:
         """Test data, and the means of p(x | z) at the means of q(z | x)."""
         x, _ = self._held_out
-        return plots.plot_reconstructions(as_images(x[:12]), self._decoded(self.model.encode(x[:12]).mean))
+        return plots.plot_reconstructions(as_images(x[:12]), self._decoded(self._encoded(x[:12])))
 
     def latents(self) -> Figure:
         """Means of q(z | x) of test data, coloured by label."""
         x, index = self._held_out
         labels = self._data.test_labels
-        z = self.model.encode(x).mean
+        z = self._encoded(x)
         return plots.plot_latents(
             z.cpu().numpy(),
             None if labels is None else labels[index].numpy(),
@@ -107,8 +114,28 @@ class Gallery:
         index = torch.randperm(len(rows))[:_AT_MOST]
         return next(iter(rows.rows(index).values())), index
 
+    def _encoded(self, x: Tensor) -> Tensor:
+        """Means of the latents next to the data, given these; medians of draws where no mean is known."""
+        if hasattr(self.model, "descend"):  # several layers, of which a guide may draw that one last
+            return log_weights(self.model.model, self.model.guide, (x,), num_particles=_DRAWS).latents["z_1"].mean(0)
+        law = self.model.encode(x)
+        with contextlib.suppress(NotImplementedError):
+            if law.mean.isfinite().all():
+                mean: Tensor = law.mean
+                return mean
+        median: Tensor = law.sample((_DRAWS,)).median(0).values
+        return median
+
     def _decoded(self, z: Tensor) -> NDArray[Any]:
         return as_images(self.model.decode(z.to(next(self.model.parameters()))).mean)
+
+
+def _is_on_the_real_line(model: Any) -> bool:
+    """Whether latents are real numbers without limits: only a VAE's need not be."""
+    support = model.prior(model.encode).support if hasattr(model, "prior") else constraints.real
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support in (constraints.real, constraints.real_vector)
 
 
 def learning_curves(objective: str, history: Sequence[Mapping[str, Any]]) -> Figure:

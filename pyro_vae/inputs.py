@@ -19,6 +19,7 @@ from pyro_vae.data.batches import (
     is_unscaled,
     observed_name,
     require_counts,
+    require_levels,
     require_range,
     require_valid,
 )
@@ -191,7 +192,8 @@ def _open_batches(program: Program, batches: BatchIterable, binarize: str | None
     # One batch does not tell what the next ones hold: each is checked as it comes, and drawn where drawing is allowed.
     drawn = reader.drawn if binarize == "none" else check.binary_arguments & columns.keys()
     read = replace(batches, reader=replace(reader, drawn=drawn))
-    whole = replace(read, binary=check.binary_arguments, counts=check.count_arguments, binarize=binarize)
+    checks = replace(read, counts=check.count_arguments, levels=check.level_arguments)
+    whole = replace(checks, binary=check.binary_arguments, binarize=binarize)
     return Inputs(whole, by_name, check, _takes(program, LENGTHS))
 
 
@@ -252,6 +254,8 @@ def _fit_reader(
         )
     for name in check.count_arguments & columns.keys():
         require_counts(name, columns[name])
+    for name in check.level_arguments.keys() & columns.keys():
+        require_levels(name, columns[name], check.level_arguments[name])
     if program.data_range is not None:
         first = next(iter(columns))
         require_range(first, columns[first], program.data_range, first in unscaled)

@@ -100,7 +100,8 @@ def load_run(run_dir: str | os.PathLike[str], program: HasModelAndGuide | None =
     average = {f"parameters/{name}": tensor for name, tensor in checkpoint.part("average").items()}
     tensors = checkpoint.part("best") or checkpoint.part("model") | average
     if program is None:
-        program = build_model(config, directory.path).to(next(iter(tensors.values())).dtype)
+        kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+        program = build_model(config, directory.path).to(next(iter(kinds)))
     bridged = as_program(program)
     if data is not None:
         open_inputs(bridged, data)

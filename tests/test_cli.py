@@ -286,8 +286,11 @@ def test_a_signal_saves_and_says_how_to_resume(tmp_path, number, code):
             break
         time.sleep(0.05)
     time.sleep(0.3)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    try:
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == code, said
     assert "go on with" in said
     assert "pyro-vae train --resume r" in said

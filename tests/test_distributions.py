@@ -14,8 +14,9 @@ from pyro.distributions.transforms import affine_autoregressive
 from torch import nn
 from torch.distributions import kl_divergence
 
-from pyro_vae import distributions
-from pyro_vae.distributions import Emissions, MarkovSequence, WordCounts, _from_noise
+from pyro_vae.distributions import Emissions, MarkovSequence, WordCounts
+from pyro_vae.distributions import sequences as distributions
+from pyro_vae.distributions.sequences import _from_noise
 from pyro_vae.objectives import SGVB
 from pyro_vae.programs import log_weights
 from tests.statistics import assert_mean_close
@@ -143,7 +144,7 @@ def test_draws_have_the_multinomials_law(width):
     ],
 )
 def test_draws_by_other_shares_are_rejected(monkeypatch, planted):
-    monkeypatch.setattr(distributions, "_share", planted)
+    monkeypatch.setattr("pyro_vae.distributions.counts._share", planted)
     found, p = frequencies(torch.tensor([1.0, 0.0, -0.5, 0.4]), counts_of(3, 4), 3)
     with pytest.raises(AssertionError, match="mean"):
         assert_mean_close(found, p, min_effect=0.02)

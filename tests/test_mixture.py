@@ -343,7 +343,7 @@ def test_the_evidence_of_a_data_set_by_enumeration(method):
         model.loc[1:3].fill_(0.2)
         model.loc[3:5].fill_(math.log(0.7))  # about the prior: both orders of the labels are covered
     truth = oracles.mixture_log_evidence(x.numpy(), 2, **options)
-    few = {"num_particles": 50_000} if method == "importance" else {"num_particles": 200, "num_steps": 200}
+    few = {"num_particles": 50_000} if method == "importance" else {"num_particles": 100, "num_steps": 100}
     score = pv.log_marginal(model, x, of="dataset", method=method, **few)
     assert score.values.shape == (1,)
     assert score.mc_error < 0.05

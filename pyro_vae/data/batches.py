@@ -17,7 +17,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -53,6 +53,7 @@ Columns: TypeAlias = dict[str, Tensor]  # as they are read
 C = TypeVar("C", Tensor, Column)
 
 _ELEMENTS_IN_BLOCK = 2**20  # that fit in a processor's cache
+_LEVEL_TOLERANCE = 1e-3  # of a step: single precision rounds to a hundredth of it
 _ROWS_PER_DRAW, _ELEMENTS_PER_DRAW = 1000, 2**26  # part of what a seed means, on devices that draw in parallel
 
 
@@ -348,6 +349,21 @@ def require_counts(name: str, column: Column) -> None:
     require_range(name, column, (0.0, math.inf))
 
 
+def require_levels(name: str, column: Column, highest: int) -> None:
+    """Refuse values that are none of the levels k / highest, k = 0, ..., highest; whole numbers are divided when read.
+
+    Raises:
+        ValueError: there are such values; says the first.
+    """
+    for block in _finite_blocks(column) if column.is_floating_point() else ():
+        level = block * highest
+        if bool((bad := (level - level.round().clamp(0, highest)).abs() > _LEVEL_TOLERANCE).any()):
+            raise ValueError(
+                f"data '{name}': expected levels k / {highest}, k = 0, ..., {highest}, got {block[bad][0].item():.4g} "
+                f"among them; images of {highest + 1} levels are divided by {highest}"
+            )
+
+
 def is_grey(name: str, column: Column, unscaled: bool = False) -> bool:
     """Whether data for a binary site have values strictly between 0 and 1 (0 and 255 for uint8 levels).
 
@@ -533,6 +549,7 @@ class BatchIterable:
         binary: names of the arguments that a binary site observes, whose values must lie in [0, 1].
         binarize: "none" refuses grey levels among them.
         counts: names of the arguments that must hold whole numbers from 0 on.
+        levels: highest levels L of those that must hold k / L, k = 0, ..., L.
     """
 
     batches: Iterable[Any]
@@ -541,6 +558,7 @@ class BatchIterable:
     binary: frozenset[str] = frozenset()
     binarize: str | None = None
     counts: frozenset[str] = frozenset()
+    levels: Mapping[str, int] = field(default_factory=dict)
 
     def first(self) -> Any:
         """The first batch, as it comes. The iterable is asked for it once, and for nothing more.
@@ -568,6 +586,8 @@ class BatchIterable:
                 raise ValueError(f"data '{name}': expected values 0 and 1 with binarize=\"none\", got grey levels")
         for name in self.counts & columns.keys():
             require_counts(name, columns[name])
+        for name in self.levels.keys() & columns.keys():
+            require_levels(name, columns[name], self.levels[name])
         return columns
 
     def raw(self) -> Iterator[dict[str, Any]]:

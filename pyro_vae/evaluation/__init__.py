@@ -1,7 +1,7 @@
 """Scoring: bounds over data sets, estimators of the log marginal likelihood log p(x), and diagnostics."""
 
 from pyro_vae.evaluation.ais import AIS, Sandwich, bidirectional
-from pyro_vae.evaluation.bounds import BoundEstimate, evaluate_bound
+from pyro_vae.evaluation.bounds import BoundEstimate, evaluate_bound, evaluate_kl
 from pyro_vae.evaluation.diagnostics import (
     ActiveUnits,
     Calibration,
@@ -34,6 +34,7 @@ __all__ = [
     "amortization_gap",
     "bidirectional",
     "evaluate_bound",
+    "evaluate_kl",
     "fit_gaussian",
     "gradient_snr",
     "kl_per_dimension",

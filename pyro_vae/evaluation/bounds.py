@@ -20,9 +20,9 @@ from pyro_vae.inputs import Inputs, batch_size_of, open_inputs
 from pyro_vae.numerics import forked_rng, mean_and_standard_error, ratio_and_standard_error, seeded
 from pyro_vae.objectives import SGVB, Objective
 from pyro_vae.parallel import Ranks, is_sharded, ranks
-from pyro_vae.programs import HasModelAndGuide, Program, as_program, minibatch_scale
+from pyro_vae.programs import HasModelAndGuide, Program, as_program, log_weights, minibatch_scale
 
-__all__ = ["BoundEstimate", "evaluate_bound", "frozen"]
+__all__ = ["BoundEstimate", "evaluate_bound", "evaluate_kl", "frozen"]
 
 Found: TypeAlias = tuple[Tensor, Tensor | None]  # values and steps of a batch, (M,) each
 
@@ -117,6 +117,48 @@ def evaluate_bound(
     if team.size > 1:
         found = [pair for part in team.gather([_on_cpu(pair) for pair in found]) for pair in part]
     return _estimate([values for values, _ in found], [steps for _, steps in found if steps is not None], per_datum)
+
+
+def evaluate_kl(
+    program: HasModelAndGuide, data: Any, *, batch_size: int = 500, num_data: int | None = None, seed: int = 0
+) -> dict[str, float]:
+    """What each latent site of the data plate costs: the mean over data of log q - log p at a draw, in nats per datum.
+
+    Over draws that is the KL divergence of the guide's law of the site from the model's, where the guide draws in the
+    model's order; lower layers of a bottom-up guide may cost less than nothing, and the sum over sites is a divergence
+    always. Near 0 for a whole layer, its latents say nothing of the data: "posterior collapse".
+
+    Args:
+        program: an object with ``.model`` and ``.guide``.
+        data: as for :func:`evaluate_bound`, but no iterable of batches.
+        batch_size: data at a time.
+        num_data: take only the first so many.
+        seed: of the noise and of the binarisation.
+
+    Returns:
+        By site, in the order of the model.
+
+    Raises:
+        ValueError: the data do not fit the program, or are an iterable of batches.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE(data_shape=(4,), latent_dim=2, hidden_dims=(3,))
+        >>> list(evaluate_kl(vae, torch.ones(10, 4)))
+        ['z']
+    """
+    program = as_program(program)
+    inputs = data if isinstance(data, Inputs) else open_inputs(program, data, split="test", batch_size=batch_size)
+    rows, team, sums = inputs.tensors().drawn_once(seed, num_data), ranks(), dict[str, Tensor]()
+    with frozen(program, team.seed(seed)):
+        for columns in rows.in_order(batch_size, team.part(len(rows))):
+            args, kwargs = inputs.call(columns)
+            weights = log_weights(program.model, program.guide, args, kwargs)
+            for site, kl in weights.kl.items():
+                if kl.ndim == 2:
+                    sums[site] = sums.get(site, 0.0) + kl.mean(0).sum().cpu()
+    parts = team.gather(sums)
+    return {site: float(sum(part.get(site, 0.0) for part in parts)) / len(rows) for site in parts[0]}
 
 
 def _estimate(values: list[Tensor], steps: list[Tensor], per_datum: bool) -> BoundEstimate:

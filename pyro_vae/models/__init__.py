@@ -2,6 +2,7 @@
 
 from pyro_vae.models.belief_network import SigmoidBeliefNetwork
 from pyro_vae.models.deep_markov import DeepMarkovModel
+from pyro_vae.models.hierarchical import HierarchicalVAE
 from pyro_vae.models.linear_gaussian import LinearGaussian
 from pyro_vae.models.linear_gaussian_ssm import LinearGaussianSSM
 from pyro_vae.models.mixture import GaussianMixture
@@ -15,6 +16,7 @@ __all__ = [
     "VAE",
     "DeepMarkovModel",
     "GaussianMixture",
+    "HierarchicalVAE",
     "LinearGaussian",
     "LinearGaussianSSM",
     "ProdLDA",

@@ -2,7 +2,9 @@
 
 p(z) = N(z; 0, I)                                     the prior, z of J dimensions
 p(x | z)                                              Bernoulli or Gaussian, by an MLP of z (the decoder)
-q(z | x) = N(z; mu(x), diag sigma^2(x))               by a Gaussian MLP of x (the encoder), eq. (9)
+q(z | x) = N(z; mu(x), diag sigma^2(x))               by an MLP of x (the encoder), eq. (9)
+
+Each of them may be another: the networks convolutional, the prior learned, the posterior a flow.
 """
 
 from __future__ import annotations
@@ -18,14 +20,16 @@ from torch import Tensor, nn
 
 from pyro_vae.arguments import one_of, whole_number
 from pyro_vae.models.full_bayes import BayesianModule
+from pyro_vae.models.likelihoods import Likelihood, likelihood_of
+from pyro_vae.models.posteriors import Posterior, as_posterior
+from pyro_vae.models.priors import Prior, VampPrior, as_prior
 from pyro_vae.models.registration import data_plate, register
-from pyro_vae.networks import ACTIVATIONS, MLP, GaussianMLP, init_paper
+from pyro_vae.networks import ACTIVATIONS, MLP, ConvDecoder, ConvEncoder, init_paper
 
 __all__ = ["VAE", "positive_ints"]
 
-LIKELIHOODS = ("bernoulli", "gaussian")
+NETWORKS = ("mlp", "conv", "resnet")
 INITS = ("default", "paper")
-_SCALE_BOUNDS = (1 / 255, 1.0)
 _NUM_DRAWS = 16  # of Bayesian weights, where a mean over them is taken
 
 
@@ -35,11 +39,13 @@ class VAE(nn.Module):
     Args:
         data_shape: shape of one datum, for example (784,), (28, 28) or (32, 32, 3).
         latent_dim: J, the dimension of z, at least 1.
-        hidden_dims: widths of the encoder's hidden layers; the decoder has them in reverse.
+        hidden_dims: widths of the encoder's hidden layers; the decoder has them in reverse. With convolutions, the
+            width of the one hidden layer between them and z.
         likelihood: "bernoulli" for binary data (eq. (11)), or "gaussian" for data in [0, 1]: mean squashed to (0, 1)
             and variance learned, both functions of z (eq. (12); the paper's Frey Face model). The standard deviation
             is kept within [1/255, 1], the step and the range of 8-bit levels: without a floor the density of a pixel
-            that never changes has no bound.
+            that never changes has no bound. Others are in :data:`pyro_vae.models.likelihoods.LIKELIHOODS`; or a
+            :class:`~pyro_vae.models.likelihoods.Likelihood` of your own.
         activation: "tanh" (the paper's), "relu" or "softplus".
         init: "default" (torch's) or "paper": every parameter from N(0, 0.01).
         bayesian: "decoder" gives the generative weights theta a prior and a posterior (full variational Bayes, App. F;
@@ -50,6 +56,14 @@ class VAE(nn.Module):
         learn_prior: whether s is learned, for each layer's weight and bias by itself (empirical Bayes);
         local_reparameterization: whether gradients are those of the local trick (arXiv:1506.02557).
         num_data: N, how many data a Bayesian VAE's bound is of; None for :func:`pyro_vae.fit` to fill in.
+        network: "mlp"; "conv" or "resnet" for images, data of shape (H, W) or (H, W, C); or two modules of your own:
+            an encoder of data (M, *data_shape) to as many numbers for each as the posterior has parameters, and a
+            decoder of latents (M, J) to as many as the likelihood has.
+        channels: of the convolutions, a level each, which halves the image; the decoder has them in reverse.
+        prior: p(z): "standard", "mixture", "vamp" or "flow" (:mod:`pyro_vae.models.priors`), or one of your own.
+        posterior: the family of q(z | x): "diagonal", "full", "iaf", "spline", or one of the paper's Sec. 2.4, such as
+            "laplace" (:mod:`pyro_vae.models.posteriors`), whose own standard prior is then what "standard" means; or
+            one of your own.
 
     Raises:
         ValueError: an argument is out of its range; the message says what was expected.
@@ -68,7 +82,7 @@ class VAE(nn.Module):
         data_shape: Sequence[int] = (784,),
         latent_dim: int = 20,
         hidden_dims: Sequence[int] = (500,),
-        likelihood: str = "bernoulli",
+        likelihood: str | Likelihood = "bernoulli",
         activation: str = "tanh",
         init: str = "default",
         bayesian: bool | Literal["decoder"] = False,
@@ -76,12 +90,15 @@ class VAE(nn.Module):
         learn_prior: bool = False,
         local_reparameterization: bool = False,
         num_data: int | None = None,
+        network: str | tuple[nn.Module, nn.Module] = "mlp",
+        channels: Sequence[int] = (32, 64),
+        prior: str | Prior = "standard",
+        posterior: str | Posterior = "diagonal",
     ) -> None:
         super().__init__()
         self.data_shape = positive_ints("data_shape", (data_shape,) if isinstance(data_shape, int) else data_shape)
         (self.latent_dim,) = positive_ints("latent_dim", (latent_dim,))
         self.hidden_dims = positive_ints("hidden_dims", hidden_dims, may_be_empty=True)
-        self.likelihood = one_of("likelihood", likelihood, LIKELIHOODS)
         self.activation = one_of("activation", activation, tuple(ACTIVATIONS))
         self.init = one_of("init", init, INITS)
         if not (isinstance(bayesian, bool) or bayesian == "decoder"):
@@ -91,38 +108,68 @@ class VAE(nn.Module):
                 "prior_scale, learn_prior and local_reparameterization are of Bayesian weights: expected bayesian=True "
                 'or "decoder" with them (fit(..., prior_scale=...) is maximum a posteriori)'
             )
+        if bayesian is True and (prior == "vamp" or isinstance(prior, VampPrior)):
+            raise ValueError("prior: expected another than a vamp with bayesian=True: its encoder would be no function")
         self.bayesian = bayesian
         self.prior_scale, self.learn_prior = prior_scale, learn_prior
         self.local_reparameterization = local_reparameterization
         self.num_data = None if num_data is None else whole_number("num_data", num_data)
-        data_dim = math.prod(self.data_shape)
-        encoder = GaussianMLP(data_dim, self.hidden_dims, self.latent_dim, activation)
-        decoder_dims = self.latent_dim, self.hidden_dims[::-1], data_dim, activation
-        decoder = (
-            MLP(*decoder_dims) if likelihood == "bernoulli" else GaussianMLP(*decoder_dims, scale_bounds=_SCALE_BOUNDS)
-        )
+        self.channels = positive_ints("channels", channels)
+        if not isinstance(likelihood, Likelihood):
+            likelihood = likelihood_of(likelihood, self.data_shape)
+        self.likelihood = likelihood
+        if self.likelihood.data_shape != self.data_shape:
+            raise ValueError(f"likelihood: expected one of {self.data_shape}, got {self.likelihood.data_shape}")
+        self.posterior = as_posterior(posterior, self.latent_dim)
+        self.prior = as_prior(prior, self.latent_dim, self.data_shape, self.data_range, self.posterior)
+        self.network = network if isinstance(network, str) else "own"
+        encoder, decoder = self._networks(network)
         if init == "paper":
             init_paper(encoder)
             init_paper(decoder)
         self.encoder = self._latent(encoder, "encoder") if bayesian is True else encoder
         self.decoder = self._latent(decoder, "decoder") if bayesian else decoder
 
+    def _networks(self, network: Any) -> tuple[nn.Module, nn.Module]:
+        """Encoder and decoder."""
+        sizes = self.posterior.num_parameters, self.likelihood.num_parameters * math.prod(self.data_shape)
+        if not isinstance(network, str):
+            return _own_networks(network, self.data_shape, self.latent_dim, sizes)
+        one_of("network", network, NETWORKS)
+        if network == "mlp":
+            data_dim = math.prod(self.data_shape)
+            encoder = MLP(data_dim, self.hidden_dims, sizes[0], self.activation)
+            return encoder, MLP(self.latent_dim, self.hidden_dims[::-1], sizes[1], self.activation)
+        if self.init == "paper" or self.bayesian or len(self.hidden_dims) != 1:
+            raise ValueError(
+                f'network={network!r}: expected one width in hidden_dims, init="default" and bayesian=False, got '
+                f"hidden_dims={self.hidden_dims}, init={self.init!r} and bayesian={self.bayesian!r}"
+            )
+        how = self.hidden_dims[0], self.activation, network == "resnet"
+        return (
+            ConvEncoder(self.data_shape, sizes[0], self.channels, *how),
+            ConvDecoder(self.latent_dim, self.data_shape, self.likelihood.num_parameters, self.channels[::-1], *how),
+        )
+
     def _latent(self, network: nn.Module, name: str) -> BayesianModule:
         scale, local, learn = self.prior_scale, self.local_reparameterization, self.learn_prior
         return BayesianModule(network, scale, local, learn_prior=learn, name=name)
 
     @property
-    def data_range(self) -> tuple[float, float]:
-        """The least and the greatest value that data may have: both likelihoods' means lie between them."""
-        return 0.0, 1.0
+    def data_range(self) -> tuple[float, float] | None:
+        """The least and the greatest value that data may have; None for any."""
+        return self.likelihood.data_range
 
     @property
-    def config(self) -> dict[str, Any]:
-        """The arguments that build this architecture again: ``VAE(**vae.config)``."""
-        names = ["data_shape", "latent_dim", "hidden_dims", "likelihood", "activation", "init"]
+    def config(self) -> dict[str, Any] | None:
+        """The arguments that build this architecture again: ``VAE(**vae.config)``; None if parts of it are your own."""
+        parts = {name: getattr(self, name).name for name in ("likelihood", "prior", "posterior")}
+        if self.network == "own" or None in parts.values():
+            return None
+        names = ["data_shape", "latent_dim", "hidden_dims", "activation", "init", "network", "channels"]
         if self.bayesian:
             names += ["bayesian", "prior_scale", "learn_prior", "local_reparameterization", "num_data"]
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | parts
 
     def model(self, x: Tensor) -> None:
         """p(x, z) of a minibatch x (M, *data_shape): Pyro sites "z" and "x" in the plate "data"."""
@@ -130,7 +177,7 @@ class VAE(nn.Module):
         decoder = self.decoder.model() if isinstance(self.decoder, BayesianModule) else self.decoder
         if isinstance(self.encoder, BayesianModule):
             self.encoder.model()  # p(x, z) does not depend on it
-        prior = dist.Normal(x.new_zeros(self.latent_dim), x.new_ones(self.latent_dim)).to_event(1)
+        prior = self.prior(self.encode)
         with self._plate(x):
             z = pyro.sample("z", prior)
             pyro.sample("x", self._likelihood(decoder(z)), obs=x)
@@ -142,7 +189,7 @@ class VAE(nn.Module):
             self.decoder.guide()
         encoder = self.encoder.guide() if isinstance(self.encoder, BayesianModule) else self.encoder
         with self._plate(x):
-            pyro.sample("z", self._posterior(encoder(self._flat(x))))
+            pyro.sample("z", self.posterior(encoder(self._seen(x))))
 
     def encode(self, x: Tensor) -> dist.Distribution:
         """q(z | x): batch shape (...,), event shape (J,).
@@ -153,8 +200,8 @@ class VAE(nn.Module):
             x: data, (..., *data_shape).
         """
         if isinstance(self.encoder, BayesianModule):
-            return _averaged(self._posterior, self.encoder.draw(_NUM_DRAWS)(self._flat(x)))
-        return self._posterior(self.encoder(self._flat(x)))
+            return _averaged(self.posterior, self.encoder.draw(_NUM_DRAWS)(self._seen(x)))
+        return self.posterior(self.encoder(self._seen(x)))
 
     def decode(self, z: Tensor) -> dist.Distribution:
         """p(x | z): batch shape (...,), event shape ``data_shape``.
@@ -179,8 +226,7 @@ class VAE(nn.Module):
         Returns:
             Tensor (n, *data_shape).
         """
-        parameter = next(self.parameters())
-        z = torch.randn(n, self.latent_dim, device=parameter.device, dtype=parameter.dtype)
+        z = self.prior(self.encode).sample((n,))
         if isinstance(self.decoder, BayesianModule) and not mean:
             draw: Tensor = self._likelihood(self.decoder.each(z)).sample()
             return draw
@@ -191,20 +237,51 @@ class VAE(nn.Module):
     def _plate(self, x: Tensor) -> pyro.plate:
         return data_plate(x, self.num_data if self.bayesian else None)
 
-    def _flat(self, x: Tensor) -> Tensor:
-        return x.flatten(x.ndim - len(self.data_shape))
+    def _seen(self, x: Tensor) -> Tensor:
+        """Data as the encoder takes them: an MLP flat."""
+        return x.flatten(x.ndim - len(self.data_shape)) if self.network == "mlp" else x
 
-    def _posterior(self, moments: tuple[Tensor, Tensor]) -> dist.Distribution:
-        return dist.Normal(*moments).to_event(1)
+    def _likelihood(self, decoded: Tensor) -> dist.Distribution:
+        shape = self.likelihood.num_parameters, *self.data_shape
+        leading = decoded.ndim - (len(shape) if self.network in ("conv", "resnet") else 1)
+        return self.likelihood(decoded.reshape(*decoded.shape[:leading], *shape))
 
-    def _likelihood(self, decoded: Any) -> dist.Distribution:
-        if self.likelihood == "bernoulli":
-            return dist.Bernoulli(logits=self._as_datum(decoded)).to_event(len(self.data_shape))
-        loc, scale = map(self._as_datum, decoded)
-        return dist.Normal(loc.sigmoid(), scale).to_event(len(self.data_shape))
 
-    def _as_datum(self, flat: Tensor) -> Tensor:
-        return flat.reshape(*flat.shape[:-1], *self.data_shape)
+class _Own(nn.Module):
+    """A network of the user's, which is given any number of leading dimensions as one."""
+
+    def __init__(self, network: nn.Module, event_dim: int, out_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.network, self.event_dim, self.out_shape = network, event_dim, tuple(out_shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        leading = x.shape[: x.ndim - self.event_dim]
+        found: Tensor = self.network(x.reshape(-1, *x.shape[len(leading) :]))
+        return found.reshape(*leading, *self.out_shape)
+
+
+def _own_networks(
+    network: Any, data_shape: tuple[int, ...], latent_dim: int, sizes: tuple[int, int]
+) -> tuple[nn.Module, nn.Module]:
+    """Two modules of the user's as encoder and decoder, after a call of each.
+
+    Raises:
+        ValueError: they are none, or give other numbers of values than posterior and likelihood take.
+    """
+    pair = tuple(network) if isinstance(network, (tuple, list)) else ()
+    if len(pair) != 2 or not all(isinstance(part, nn.Module) for part in pair):
+        raise ValueError(f"network: expected one of {', '.join(NETWORKS)}, or two modules, got {network!r}")
+    made, kinds = [], (("an encoder", data_shape), ("a decoder", (latent_dim,)))
+    for part, (what, seen), size in zip(pair, kinds, sizes, strict=True):
+        parameter = next(part.parameters(), torch.empty(0))
+        with torch.no_grad():
+            found = part(parameter.new_zeros(2, *seen))
+        if found.shape[:1] != (2,) or found[0].numel() != size:
+            raise ValueError(
+                f"network: expected {what} of {(2, *seen)} to {size} values for each, got {tuple(found.shape)}"
+            )
+        made.append(_Own(part, len(seen), (size,)))
+    return made[0], made[1]
 
 
 def _averaged(law: Callable[[Any], dist.Distribution], outputs: Any) -> dist.Distribution:

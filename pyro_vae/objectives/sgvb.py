@@ -10,7 +10,9 @@ Over a minibatch of M of N data both are scaled by N / M (eq. (8)), which Pyro's
 unbiased estimate of the *lower bound*, for any K, and so low on average as an estimate of log p(x); it is exact, with
 no variance (A), when the guide is the posterior. Gradients are those of the value: reparameterised ("pathwise"),
 unbiased. Neither estimator has less variance than the other in general. A KL weight other than 1 (annealing) multiplies
-log q - log p(z), or the KL, and gives up the bound.
+log q - log p(z), or the KL, and gives up the bound. So do lambda free bits, in nats, of each latent site
+(Kingma et al., arXiv:1606.04934, eq. (15)): the mean of its KL over the minibatch counts as lambda where it
+is less, so that a layer of latents is not switched off before it can be of use.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class SGVB(Objective):
 
     Attributes:
         kl_weight: scalar tensor, 1 by default; ``fit(kl_warmup=...)`` raises it from 0 to 1.
+        free_bits: scalar tensor, 0 by default; ``fit(free_bits=...)`` sets it. Bounds that are evaluated have none.
 
     Raises:
         ValueError: an argument is out of range, or the guide draws a site that has no reparameterised sample.
@@ -59,7 +62,7 @@ class SGVB(Objective):
                 f'estimator: expected "A" (sampled KL, eq. (6)) or "B" (analytic, eq. (7)), got {estimator!r}'
             )
         self.estimator = estimator
-        self.kl_weight = torch.ones(())
+        self.kl_weight, self.free_bits = torch.ones(()), torch.zeros(())
         self._told: set[str] = set()
 
     @property
@@ -81,7 +84,11 @@ class SGVB(Objective):
         """
         weights = self._log_weights(model, guide, args, kwargs, reparameterized=True)
         per_datum, shared = self._bounds(weights)
-        return -(weights.scale * per_datum.sum() + shared)
+        lacking = sum((self.free_bits - kl.mean()).relu() for kl in weights.kl.values() if kl.ndim == 2)
+        free = torch.where(
+            self.free_bits > 0, self.kl_weight * len(per_datum) * lacking, 0.0
+        )  # a sample may be below 0
+        return -(weights.scale * (per_datum.sum() - free) + shared)
 
     def bound(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The lower bound of each datum, shape (M,), in nats; terms of global latents are shared out evenly over N.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
@@ -36,6 +36,7 @@ class ProgramCheck:
         full_size: N if the plate states it (``pyro.plate("data", N, subsample_size=M)``), else M.
         binary_arguments: names of the arguments that are observed by a site of binary support.
         count_arguments: names of those observed, without a mask, by a site whose support is the counts 0, 1, 2, ...
+        level_arguments: of those observed, without a mask, by a site on levels k / L, k = 0, ..., L, the number L.
         global_sites: names of the sites outside the data plate, latent or observed.
         global_latents: those of them that are latent.
     """
@@ -44,6 +45,7 @@ class ProgramCheck:
     full_size: int
     binary_arguments: frozenset[str]
     count_arguments: frozenset[str] = frozenset()
+    level_arguments: Mapping[str, int] = field(default_factory=dict)
     global_sites: tuple[str, ...] = ()
     global_latents: tuple[str, ...] = ()
 
@@ -94,12 +96,14 @@ def check_program(
         if not enumerated:
             _require_broadcast(program, args, kwargs)
     counts = {name: site for name, site in observed.items() if _is_count(site) and site["mask"] is None}
+    levels = {name: site for name, site in observed.items() if _highest(site) and site["mask"] is None}
     shared = tuple(name for name, site in model_sites.items() if _is_global(site))
     return ProgramCheck(
         batch_size=frame.size,
         full_size=frame.full_size or frame.size,
         binary_arguments=_arguments_of({n: s for n, s in observed.items() if _is_binary(s)}, arguments),
         count_arguments=_arguments_of(counts, arguments),
+        level_arguments={a: _highest(s) for n, s in levels.items() for a in _arguments_of({n: s}, arguments)},
         global_sites=shared,
         global_latents=tuple(n for n in shared if n not in observed),
     )
@@ -169,6 +173,11 @@ def _is_count(site: Any) -> bool:
     return isinstance(support, type(constraints.nonnegative_integer)) and support.lower_bound == 0
 
 
+def _highest(site: Any) -> int:
+    """L of a site on levels k / L; 0 of others."""
+    return getattr(base_support_of(site), "highest", 0)
+
+
 def _require_support(name: str, site: Any) -> None:
     """Observed values must lie in the support; those of a binary site in [0, 1], for grey levels can be drawn."""
     support = constraints.unit_interval if _is_binary(site) else base_support_of(site)
@@ -177,11 +186,13 @@ def _require_support(name: str, site: Any) -> None:
         raise ValueError(f"site '{name}' observes values of shape {tuple(value.shape)}, expected {tuple(shape)}")
     if support is None or site["mask"] is not None:
         return
-    if not bool(support.check(value).all()):
+    within = support.check(value)
+    if not bool(within.all()):
         expected = "values in [0, 1]" if _is_binary(site) else str(support)
+        first = f", {value[~within][0].item():.4g} among them" if within.shape == value.shape else ""
         raise ValueError(
             f"site '{name}' observes values outside the support of its {base_name_of(site)}: expected {expected}, "
-            f"got values from {value.min().item():.4g} to {value.max().item():.4g}"
+            f"got values from {value.min().item():.4g} to {value.max().item():.4g}{first}"
         )
 
 

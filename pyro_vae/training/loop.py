@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 import pyro_vae
 from pyro_vae.data import BatchIterable, Columns, Dataset, TensorData
-from pyro_vae.evaluation import BoundEstimate, evaluate_bound
+from pyro_vae.evaluation import BoundEstimate, evaluate_bound, evaluate_kl
 from pyro_vae.inputs import Inputs, batch_size_of, device_of, move_to, open_inputs
 from pyro_vae.numerics import seeded
 from pyro_vae.objectives import MCEM, SGVB, Objective
@@ -66,6 +66,7 @@ class Run:
             training data together (nats: N times the mean), and bounds of held-out data are predictive: see
             :func:`pyro_vae.evaluate_bound`. Of sequences (a program that takes ``lengths``) there is also a
             "train_bound_per_step", "test_bound_per_step" and so on: sum of the bounds over sum of the steps, in nats.
+            With ``kl_by_site`` there is a "train_kl_z", "test_kl_z" of each latent site "z".
         samples: training samples seen.
         stopped_early: whether ``patience`` ended the run. Wherever ``patience`` was set, the parameters are those of
             the best validation bound, and not of the last row.
@@ -140,6 +141,8 @@ def fit(
     checkpoint_every: int | None = None,
     prior_scale: float | None = None,
     kl_warmup: int | None = None,
+    free_bits: float | None = None,
+    kl_by_site: bool = False,
     max_grad_norm: float | None = None,
     patience: int | None = None,
     tensorboard: bool = False,
@@ -205,6 +208,10 @@ def fit(
         prior_scale: s of a prior N(0, s^2) on every parameter (maximum a posteriori; the paper's is 1). None: none.
             (A posterior over weights is the model's: ``pyro_vae.VAE(bayesian=True)``, :func:`pyro_vae.bayesian`.)
         kl_warmup: raise the weight of the KL term linearly from 0 to 1 over so many samples.
+        free_bits: nats that the mean KL of each latent site may have at no cost (arXiv:1606.04934, eq. (15)). It is
+            meant for sites that the guide draws in the model's order: of others log q - log p may be below 0.
+        kl_by_site: add to the history what each latent site costs, as "train_kl_z", "test_kl_z" and so on: see
+            :func:`pyro_vae.evaluation.evaluate_kl`.
         max_grad_norm: clip the gradient of the mean loss, in nats per datum, to this Euclidean norm.
         patience: stop after so many evaluations without a better validation bound, and return to the best parameters.
         tensorboard: write TensorBoard events into ``run_dir`` (needs the extra ``pyro-vae[tensorboard]``).
@@ -247,6 +254,7 @@ def fit(
         checkpoint_every=checkpoint_every,
         prior_scale=prior_scale,
         kl_warmup=kl_warmup,
+        free_bits=free_bits,
         max_grad_norm=max_grad_norm,
         patience=patience,
         trained=trained,
@@ -263,15 +271,14 @@ def fit(
     with team.one_warning(), seeded(settings.seed):
         learner = SGVB() if objective is None else objective
         how = optimizer, learning_rate_schedule
-        trainer = _Trainer(bridged, learner, evaluate_with, how, settings, team, told=program)
+        trainer = _Trainer(bridged, learner, evaluate_with, how, settings, team, told=program, kl_by_site=kl_by_site)
         try:
             trainer.open(data, test, valid, compile)
         except BaseException:
             trainer.untell()
             raise
     with team.one_warning(), seeded(team.seed(settings.seed)), contextlib.ExitStack() as stack:
-        if kl_warmup is not None:  # the objective may serve again
-            stack.callback(trainer.objective.kl_weight.copy_, trainer.objective.kl_weight.clone())
+        stack.enter_context(trainer.kl_terms())
         if directory is not None:
             team.from_first(lambda: stack.enter_context(directory.locked()))
             trainer.attach(directory, resume or any(team.gather(restarted())), program, data)
@@ -367,10 +374,12 @@ class _Trainer:
         settings: Settings,
         ranks: Ranks,
         told: Any,
+        kl_by_site: bool,
     ) -> None:
         self.told, self._is_told = told, False
         self.program, self.objective, self.settings, self.ranks = program, objective, settings, ranks
         self._make_optimizer, self._make_schedule = how
+        self._wants_kl = kl_by_site
         self.position = _Position()
         self.directory: RunDirectory | None = None
         self.board: Any = None
@@ -385,14 +394,17 @@ class _Trainer:
                 f"expected a program with a guide, Program(model, guide), for {self.evaluated!r}; got {program!r}, "
                 "which only MCEM() trains"
             )
+        if kl_by_site and not program.has_guide:
+            raise ValueError(f"kl_by_site: expected a program with a guide, Program(model, guide), got {program!r}")
         if self.evaluated is None and settings.patience is not None:
             raise ValueError(f"patience: {type(objective).__name__} has no bound to stop early on; see evaluate_with")
         if settings.trained == "guide" and not self.has_bound:
             raise ValueError(
                 f'trained="guide": {type(objective).__name__} trains no guide; expected one such as SGVB()'
             )
-        if settings.kl_warmup is not None and not isinstance(getattr(objective, "kl_weight", None), Tensor):
-            raise ValueError(f"kl_warmup: expected an objective with a kl_weight, got {objective!r}")
+        for name, tensor in (("kl_warmup", "kl_weight"), ("free_bits", "free_bits")):
+            if getattr(settings, name) is not None and not isinstance(getattr(objective, tensor, None), Tensor):
+                raise ValueError(f"{name}: expected an objective with a {tensor}, got {objective!r}")
         if ranks.size > 1 and isinstance(objective, MCEM) and objective.persistent is not False:
             raise ValueError(
                 "MCEM keeps the chains of all data in one process: expected one process, or MCEM(persistent=False, "
@@ -417,9 +429,8 @@ class _Trainer:
         if not self.parameters:
             raise ValueError("the program has nothing to train: no pyro.param, pyro.module or module parameters")
         self.ranks.copy_first(self._model_tensors().values())
-        weight = getattr(self.objective, "kl_weight", None)
-        if isinstance(weight, Tensor):  # a CUDA graph reads nothing but its own device
-            self.objective.kl_weight = weight.to(next(iter(self.parameters.values())).device)
+        for name, tensor in self._terms().items():  # a CUDA graph reads nothing but its own device
+            setattr(self.objective, name, tensor.to(next(iter(self.parameters.values())).device))
         self.trained = self._guide_parameters() if s.trained == "guide" else self.parameters
         self.optimizer: Optimizer = make_optimizer(self._make_optimizer, list(self.trained.values()), s.learning_rate)
         self.schedule = None if self._make_schedule is None else Schedule(self._make_schedule, self.optimizer)
@@ -451,6 +462,23 @@ class _Trainer:
             raise ValueError(f"{expected}, got {type(self.objective).__name__}, which has none; see evaluate_with")
         if self.valid_inputs is None and not isinstance(self.train_inputs.data, TensorData):
             raise ValueError(f"{expected}: of validation data (valid=...), for an iterable's is not known")
+
+    def _terms(self) -> dict[str, Tensor]:
+        """The weights of the objective's KL terms that a run may change."""
+        found = {name: getattr(self.objective, name, None) for name in ("kl_weight", "free_bits")}
+        return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+
+    @contextlib.contextmanager
+    def kl_terms(self) -> Iterator[None]:
+        """The KL terms as the run wants them; the objective may serve again."""
+        kept = {name: tensor.clone() for name, tensor in self._terms().items()}
+        if self.settings.free_bits is not None:
+            self.objective.free_bits.fill_(self.settings.free_bits)
+        try:
+            yield
+        finally:
+            for name, tensor in kept.items():
+                getattr(self.objective, name).copy_(tensor)
 
     def _usual_shapes(self) -> list[torch.Size]:
         """Shapes of the tensors of a batch that is not short."""
@@ -730,7 +758,7 @@ class _Trainer:
             self.directory.append_metrics(row)
         if self.board is not None:
             for name, value in row.items():
-                if name.endswith(("bound", "per_step")) and value is not None:
+                if (name.endswith(("bound", "per_step")) or "_kl_" in name) and value is not None:
                     self.board.add_scalar(name, value, self.position.samples)
         self._report(self.position.samples, row)
         if on_rhythm and self.settings.checkpoint_every is None:
@@ -753,7 +781,17 @@ class _Trainer:
         row |= _columns("train", train) | _columns("test", test)
         if self.valid_inputs is not None:
             row |= _columns("valid", self._bound(self.valid_inputs))
-        return row
+        return row | (self._kl_by_site() if self._wants_kl else {})
+
+    def _kl_by_site(self) -> dict[str, float]:
+        splits = {"train": self.train_inputs, "test": self.test_inputs, "valid": self.valid_inputs}
+        size, seed = self.settings.evaluation_size, self.settings.seed
+        return {
+            f"{split}_kl_{site}": kl
+            for split, inputs in splits.items()
+            if inputs is not None and isinstance(inputs.data, TensorData)
+            for site, kl in evaluate_kl(self.program, inputs, num_data=size, seed=seed).items()
+        }
 
     def _bound(self, inputs: Inputs | None) -> BoundEstimate | None:
         if inputs is None or self.evaluated is None:

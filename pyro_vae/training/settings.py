@@ -39,6 +39,7 @@ class Settings:
     learning_rate_schedule: float | str | None = None
     schedule_every: str = "epoch"
     ema_decay: float | None = None
+    free_bits: float | None = None
 
     def __post_init__(self) -> None:
         if (self.num_samples is None) == (self.epochs is None):
@@ -60,7 +61,7 @@ class Settings:
                 raise ValueError(f"ema_decay: expected a number above 0 and below 1, got {self.ema_decay!r}")
             object.__setattr__(self, "ema_decay", decay)
         object.__setattr__(self, "seed", whole_number("seed", self.seed, 0, 2**32 - 1))
-        for name in ("learning_rate", "prior_scale", "max_grad_norm"):
+        for name in ("learning_rate", "prior_scale", "max_grad_norm", "free_bits"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, _positive(name, value))

@@ -561,7 +561,7 @@ def test_global_latents_are_refused_by_name(diagnosis):
 def test_dimensions_that_a_bayesian_decoder_ignores_are_inactive():
     vae, x = pv.VAE((6,), 2, (4,), bayesian="decoder", num_data=30), torch.rand(30, 6)
     with torch.no_grad():
-        last = vae.encoder.layers[-1]
+        last = vae.encoder[-1]
         last.weight[0] = 3.0
         last.weight[[1, 3]] = 0.0
         last.bias[[1, 3]] = 0.0  # q(z_2 | x) = p(z_2)

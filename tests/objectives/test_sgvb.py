@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
-from torch.distributions import kl_divergence
+from torch.distributions import Independent, MultivariateNormal, kl, kl_divergence
 
 import pyro_vae as pv
 from pyro_vae import programs
@@ -53,8 +53,10 @@ def test_the_exact_posterior_gives_the_evidence_without_variance(form, num_parti
     close(objective.loss(p.model, p.guide, x), -truth.sum())
 
 
-def test_estimator_b_without_a_registered_kl_is_estimator_a():
-    """No KL is registered between a multivariate normal and independent normals: B says so, and samples."""
+def test_estimator_b_without_a_registered_kl_is_estimator_a(monkeypatch):
+    """Where none is registered between a multivariate normal and independent normals, B says so, and samples."""
+    monkeypatch.delitem(kl._KL_REGISTRY, (MultivariateNormal, Independent))
+    monkeypatch.setattr(kl, "_KL_MEMOIZE", {})
     x, (model, guide) = oracles.example_data(), oracles.with_params()
     objective = pv.SGVB(3, estimator="B")
     with pytest.warns(UserWarning, match=r"no analytic KL at sites \['z'\]"):
@@ -408,6 +410,54 @@ def test_the_kl_weight_multiplies_the_kl_only(estimator, weight):
     pyro.set_rng_seed(4)
     terms = log_weights(toy.model, toy.guide, (x,), num_particles=3, analytic_kl=estimator == "B")
     close(value, (terms.log_likelihood["x"] - weight * terms.kl["z"]).mean(0), atol=1e-7)
+
+
+@pytest.mark.parametrize("estimator", ["A", "B"])
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_free_bits_fill_up_what_each_site_costs(estimator, weight):
+    """Sum of log p(x | z) - w M sum_l max(lambda, mean KL_l), and nothing of it in a bound that is evaluated."""
+    toy, x = oracles.TwoLayers(bottom_up=False), torch.tensor([0.7, -1.4])
+    model, guide = toy.model, toy.guide
+    torch.manual_seed(0)
+    terms = log_weights(model, guide, (x,), num_particles=3, analytic_kl=estimator == "B")
+    costs = {site: kl.mean().item() for site, kl in terms.kl.items()}
+    assert len(costs) == 2
+    between = sum(costs.values()) / 2  # one of the sites costs more, the other less
+    for free in (0.0, between, 100.0):
+        objective = pv.SGVB(3, estimator)
+        objective.kl_weight.fill_(weight)
+        objective.free_bits.fill_(free)
+        torch.manual_seed(0)
+        loss = objective.differentiable_loss(model, guide, x)
+        paid = sum(max(free, cost) for cost in costs.values())
+        close(loss, -(terms.log_likelihood["x"].mean(0).sum() - weight * len(x) * paid), atol=1e-9)
+        torch.manual_seed(0)
+        close(objective.bound(model, guide, x), (terms.log_likelihood["x"] - weight * sum(terms.kl.values())).mean(0))
+
+
+def test_without_free_bits_a_draw_may_cost_less_than_nothing():
+    """At the exact posterior, log q - log p(z) of a draw is below 0 where the draw is."""
+    toy, x = oracles.TwoLayers(bottom_up=True), torch.tensor([0.7, -1.4])
+    below = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        terms = log_weights(toy.model, toy.guide, (x,))
+        torch.manual_seed(seed)
+        loss = pv.SGVB().differentiable_loss(toy.model, toy.guide, x)
+        close(loss, -terms.log_w.sum())
+        below += any(kl.mean() < 0 for kl in terms.kl.values())
+    assert below
+
+
+def test_free_bits_leave_no_slope_in_a_cost_below_them():
+    vae, x = pv.VAE((6,), 2, (3,)), (torch.rand(10, 6) < 0.5).double()
+    vae.decoder[0].weight.data.zero_()  # z says nothing, and all that moves q is what it costs
+    for free, moves in ((0.0, True), (1e-6, True), (100.0, False)):
+        objective = pv.SGVB(estimator="B")
+        objective.free_bits.fill_(free)
+        loss = objective.differentiable_loss(vae.model, vae.guide, x)
+        slopes = torch.autograd.grad(loss, list(vae.encoder.parameters()))
+        assert any(bool((slope.abs() > 1e-12).any()) for slope in slopes) == moves
 
 
 def test_the_registry_names_it():

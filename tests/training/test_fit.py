@@ -19,6 +19,7 @@ from pyro_vae.training import NonFiniteLossError
 from pyro_vae.training.checkpoint import RunDirectory
 from pyro_vae.training.schedules import Schedule
 from pyro_vae.training.step import Batch, EagerStep
+from tests.statistics import assert_mean_close
 from tests.training.test_resume import assert_same, parameters, small_vae
 
 UNTIL_FLAT = functools.partial(ReduceLROnPlateau, mode="max", threshold_mode="abs")
@@ -313,6 +314,48 @@ def test_kl_warmup_changes_training_but_never_what_is_logged(monkeypatch):
     assert run.history[0]["train_bound"] == pytest.approx(model.log_marginal(x).mean().item(), abs=1e-6)
 
 
+def test_free_bits_are_of_the_run_and_never_of_what_is_logged():
+    _, model, x = ppca(100)
+    objective, seen = pv.SGVB(), []
+    real = pv.SGVB.differentiable_loss
+
+    def spy(self, *args, **kwargs):
+        seen.append(self.free_bits.item())
+        return real(self, *args, **kwargs)
+
+    still = {"optimizer": "sgd", "learning_rate": 1e-9, "num_samples": 300, "batch_size": 50}
+    with mock.patch.object(pv.SGVB, "differentiable_loss", spy):
+        run = pv.fit(model, x, objective=objective, free_bits=2.5, **still)
+    assert seen == [2.5] * 6
+    assert objective.free_bits.item() == 0.0
+    assert run.history[0]["train_bound"] == pytest.approx(model.log_marginal(x).mean().item(), abs=1e-6)
+
+
+def test_free_bits_keep_latents_in_use():
+    """A decoder that begins without them gets none by itself; with free bits its latents cost at least these."""
+    x = (torch.rand(200, 8, 8) < 0.5).double()  # nothing to be known
+    costs = []
+    for free in (None, 3.0):
+        vae = small_vae()
+        run = pv.fit(vae, x, free_bits=free, kl_by_site=True, optimizer="adam", learning_rate=0.01, epochs=40)
+        costs.append(run.history[-1]["train_kl_z"])
+    assert costs[0] < 0.5
+    assert costs[1] > 2.0
+
+
+def test_costs_by_site_are_in_the_history():
+    vae, x = small_vae(), torch.ones(60, 8, 8)
+    run = pv.fit(vae, x, test=x[:10], kl_by_site=True, epochs=2, optimizer="adam")
+    for row in run.history:
+        assert {name for name in row if "_kl_" in name} == {"train_kl_z", "test_kl_z"}
+    q = vae.encode(x)
+    expected = torch.distributions.kl_divergence(q.base_dist, torch.distributions.Normal(0.0, 1.0)).sum(-1).mean()
+    found = [pv.evaluation.evaluate_kl(vae, x, seed=seed)["z"] for seed in range(50)]
+    assert_mean_close(torch.tensor(found), expected.detach(), min_effect=0.2)
+    with pytest.raises(ValueError, match="kl_by_site: expected a program with a guide"):
+        pv.fit(pv.Program(vae.model, None), x, objective=pv.MCEM(), epochs=1, kl_by_site=True)
+
+
 def test_evaluation_uses_the_whole_bound_while_annealing():
     _, model, x = ppca(100)
     run = pv.fit(model, x, kl_warmup=10_000, num_samples=100, optimizer="sgd", learning_rate=1e-9)
@@ -397,6 +440,8 @@ def test_non_finite_loss_stops_before_the_update_and_names_the_site(tmp_path):
         ({"epochs": 1, "kl_warmup": 5, "objective": pyro.infer.Trace_ELBO()}, "kl_weight"),
         ({"epochs": 1, "binarize": "yes"}, "binarize: expected"),
         ({"epochs": 1, "prior_scale": 0.0}, "prior_scale: expected"),
+        ({"epochs": 1, "free_bits": 1.0, "objective": pv.IWAE()}, "free_bits: expected an objective with a free_bits"),
+        ({"epochs": 1, "free_bits": -1.0}, "free_bits: expected"),
         ({"epochs": 1, "ema_decay": 1.0}, "ema_decay: expected a number above 0 and below 1, got 1.0"),
         ({"epochs": 1, "ema_decay": "much"}, "ema_decay: expected"),
         ({"epochs": 1, "schedule_every": "week"}, "schedule_every: expected"),
