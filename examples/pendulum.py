@@ -2,8 +2,8 @@
 
     python examples/pendulum.py --out runs/pendulum
 
-Simulated pendulums are let go at up to 135 degrees to either side and kicked at random; sine and cosine of the angle are
-observed with noise of standard deviation 0.1, ten times a second. A deep Markov model is trained on them that knows
+Simulated pendulums are let go at up to 135 degrees to either side and kicked at random; sine and cosine of the angle
+are observed with noise of standard deviation 0.1, ten times a second. A deep Markov model is trained on them that knows
 nothing of pendulums.
 On test sequences: how far the angle is off, read off a single observation and off the smoothed latents; and how often
 forecasts' 90 % intervals hold what was observed later.
