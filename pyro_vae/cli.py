@@ -188,8 +188,8 @@ _LIKELIHOOD_HELP = (
     "bernoulli (binary data), gaussian, gaussian-shared, continuous-bernoulli, beta (data from 0 to 1),"
     + (" discretized-logistic (8-bit images) or negative-binomial (counts).")
 )
-_POSTERIOR_HELP = "diagonal, full, iaf or spline; laplace, logistic, student-t, gumbel, log-normal, gamma, beta," + (
-    " kumaraswamy or dirichlet."
+_POSTERIOR_HELP = "diagonal, full, iaf or spline; laplace, logistic, student-t, cauchy, gumbel, exponential," + (
+    " log-normal, gamma, beta, kumaraswamy or dirichlet."
 )
 _GUIDE_HELP = "st-r (the default), st-l, st-lr, mf-lr or mf-r; hierarchical: bottom-up (the default) or top-down."
 _LAYERS_HELP = "hierarchical: dimensions of the layers of latents, that of the data first: 100,50."

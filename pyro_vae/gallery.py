@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Independent, Normal
 
 from pyro_vae import plots
 from pyro_vae.data import Dataset
@@ -51,8 +51,8 @@ class Gallery:
             )
         elif hasattr(self.model, "descend"):
             needs = dict.fromkeys(("manifold", "traversals"), "one layer of latents")
-        elif not _is_on_the_real_line(self.model):
-            needs = dict.fromkeys(("manifold", "traversals"), "latents on the real line")
+        elif not _has_normal_prior(self.model):
+            needs = dict.fromkeys(("manifold", "traversals"), "a standard normal prior")
         elif self.model.latent_dim != 2:
             needs = {"manifold": "latent_dim 2"}
         if not self.stored.has_trained_guide:
@@ -130,12 +130,10 @@ class Gallery:
         return as_images(self.model.decode(z.to(next(self.model.parameters()))).mean)
 
 
-def _is_on_the_real_line(model: Any) -> bool:
-    """Whether latents are real numbers without limits: only a VAE's need not be."""
-    support = model.prior(model.encode).support if hasattr(model, "prior") else constraints.real
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support in (constraints.real, constraints.real_vector)
+def _has_normal_prior(model: Any) -> bool:
+    """Whether latents have a standard normal law, along whose quantiles pictures may go."""
+    law = model.prior(model.encode) if hasattr(model, "prior") else None
+    return law is None or (isinstance(law, Independent) and isinstance(law.base_dist, Normal))
 
 
 def learning_curves(objective: str, history: Sequence[Mapping[str, Any]]) -> Figure:

@@ -147,12 +147,17 @@ def fit_settings(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The settings of a run's configuration, as arguments of ``fit``.
 
     Raises:
-        CheckpointError: they are not there, or not those of ``fit``.
+        CheckpointError: they are not there, not those of ``fit``, or a schedule is a function.
     """
     with _config_of(path):
         settings = dict(config["fit"])
         inspect.signature(fit).bind(None, None, **settings)
-        return settings
+    if isinstance(schedule := settings.get("learning_rate_schedule"), str):
+        raise CheckpointError(
+            f"the learning-rate schedule of {path} is {schedule}, which only its own code can make: go on by "
+            "fit(..., learning_rate_schedule=..., run_dir=..., resume=True)"
+        )
+    return settings
 
 
 def build_objective(config: Mapping[str, Any], path: Path) -> Objective:

@@ -1,5 +1,6 @@
 """The command line as a person meets it: what it does, what it says, how it exits."""
 
+import functools
 import json
 import os
 import signal
@@ -90,7 +91,9 @@ def test_train_evaluate_sample_plot(tmp_path):
     assert names == {"curves", "samples", "reconstructions", "latents", "manifold", "traversals"}
 
 
-@pytest.mark.parametrize("options", [[], ["--learning-rate-schedule", 0.5, "--ema-decay", 0.9]])
+@pytest.mark.parametrize(
+    "options", [[], ["--learning-rate-schedule", 0.5, "--ema-decay", 0.9, "--kl-by-site", "--free-bits", 0.1]]
+)
 def test_resume_goes_on_bit_for_bit(options):
     assert run("train", *SMALL, *options, "--run-dir", "straight", "--epochs", 4).exit_code == 0
     assert run("train", *SMALL, *options, "--run-dir", "parts").exit_code == 0
@@ -98,6 +101,36 @@ def test_resume_goes_on_bit_for_bit(options):
     assert result.exit_code == 0, result.output
     a, b = (pv.load_run(path).program.state_dict() for path in ("straight", "parts"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+    assert all(("train_kl_z" in row) == bool(options) for row in pv.load_run("parts").history)
+
+
+def test_a_schedule_that_is_a_function_is_resumed_in_python_alone():
+    schedule = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=10)
+    vae = pv.VAE((8, 8), 2, (5,))
+    pv.fit(vae, pv.load_dataset("digits"), learning_rate_schedule=schedule, epochs=1, run_dir="r")
+    said = refused("train", "--resume", "r", "--epochs", 2)
+    assert "the learning-rate schedule of r is cosineannealinglr, which only its own code can make" in said
+
+
+def test_parts_and_layers_from_training_to_pictures():
+    parts = ("--network", "conv", "--channels", "3,4", "--prior", "mixture", "--posterior", "iaf")
+    small = ("--dataset", "digits", "--hidden-dims", "8", "--num-samples", 1300)
+    assert run("train", *small, *parts, "--latent-dim", 2, "--run-dir", "p").exit_code == 0
+    layers = ("--model", "hierarchical", "--guide", "top-down", "--latent-dims", "4,2")
+    assert run("train", *small, *layers, "--run-dir", "h").exit_code == 0
+    grey = ("--network", "resnet", "--channels", "3,4", "--likelihood", "discretized-logistic", "--binarize", "none")
+    np.save("grey.npy", np.random.default_rng(0).integers(0, 256, (60, 8, 6, 3)).astype("u1"))
+    given = ("--dataset", "grey.npy", "--hidden-dims", "8", "--num-samples", 100)
+    assert run("train", *given, *grey, "--run-dir", "g").exit_code == 0
+    for folder in ("p", "h", "g"):
+        result = run("evaluate", folder, "--num-particles", 5, "--num-data", 5)
+        assert result.exit_code == 0, result.output
+        assert ("bits per dimension" in result.output) == (folder == "g")
+        assert run("plot", folder).exit_code == 0
+    assert "one layer of latents" in run("plot", "h").output
+    assert "--posterior is for --model vae, got --model hierarchical" in refused(
+        "train", "--model", "hierarchical", "--posterior", "iaf"
+    )
 
 
 def test_bayesian_weights_from_training_to_pictures(tmp_path):

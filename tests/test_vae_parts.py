@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_vae as pv
 from pyro_vae.models.likelihoods import LIKELIHOODS, DiscretizedLogisticLikelihood
 from pyro_vae.models.posteriors import POSTERIORS, FullGaussian
-from pyro_vae.models.priors import PRIORS, VampPrior
+from pyro_vae.models.priors import PRIORS, MixtureOfGaussians, VampPrior
 from tests.statistics import assert_mean_close
 
 SHAPE = (5, 4)
@@ -113,6 +113,29 @@ def test_networks_may_be_the_users_own(tmp_path):
         pv.load_run(tmp_path / "r")
 
 
+def test_a_bayesian_vae_of_own_networks_draws_weights_for_each_particle():
+    """As many data as particles: no datum is taken for a particle."""
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(20, 4)), nn.Sequential(nn.Linear(2, 20), nn.Unflatten(-1, SHAPE))
+    model, x = vae(network=layers, bayesian=True, num_data=12), data()
+    for particles in (1, 5, 12):
+        weights = pv.log_weights(model.model, model.guide, (x,), num_particles=particles)
+        assert weights.log_w.shape == (particles, 12)
+    with torch.no_grad():
+        for scale in model.encoder.log_scale.values():
+            scale.fill_(-30.0)
+    z = pv.log_weights(model.model, model.guide, (x,), num_particles=4000).latents["z"]
+    assert_mean_close(z, model.encode(x).mean, min_effect=0.5)  # of its own encoder's, not a neighbour's
+    assert pv.fit(model, x, epochs=2, batch_size=4).samples == 24
+
+
+def test_own_networks_are_as_they_were_after_a_look_at_them():
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(20, 4), nn.BatchNorm1d(4), nn.Dropout())
+    vae_made = pv.VAE(**SMALL, network=(encoder, nn.Linear(2, 20)))
+    assert vae_made.encoder.network is encoder
+    assert encoder.training
+    assert encoder[2].num_batches_tracked == 0
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
@@ -128,12 +151,14 @@ def test_networks_may_be_the_users_own(tmp_path):
         ({"network": "conv", "init": "paper"}, 'expected one width in hidden_dims, init="default"'),
         ({"network": "resnet", "bayesian": "decoder"}, "bayesian=False"),
         ({"network": "conv", "hidden_dims": (4, 4)}, "expected one width in hidden_dims"),
-        ({"likelihood": DiscretizedLogisticLikelihood((4, 5))}, r"likelihood: expected one of \(5, 4\), got \(4, 5\)"),
+        ({"likelihood": DiscretizedLogisticLikelihood((4, 5))}, r"likelihood: expected one of data of shape \(5, 4\)"),
         ({"prior": "vam"}, "prior: expected one of"),
         ({"posterior": "diag"}, "posterior: expected one of"),
         ({"posterior": FullGaussian(3)}, "posterior: expected one of 2 latent dimensions, got 3"),
         ({"prior": VampPrior(3, SHAPE)}, "prior: expected one of 2 latent dimensions, got 3"),
-        ({"prior": "mixture", "posterior": "beta"}, "prior: expected"),
+        ({"prior": "mixture", "posterior": "beta"}, "prior: expected one on the support of the posterior"),
+        ({"prior": MixtureOfGaussians(2, 5), "posterior": "beta"}, "prior: expected one on the support"),
+        ({"prior": "standard", "posterior": nn.Linear(2, 2)}, "posterior: expected one of"),
         ({"bayesian": True, "prior": "vamp"}, "prior: expected another than a vamp"),
     ],
 )

@@ -136,7 +136,7 @@ def evaluate_kl(
         seed: of the noise and of the binarisation.
 
     Returns:
-        By site, in the order of the model.
+        By site, in the order of the guide.
 
     Raises:
         ValueError: the data do not fit the program, or are an iterable of batches.

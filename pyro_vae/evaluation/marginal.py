@@ -207,9 +207,14 @@ def _of_dataset(
 
 
 def _elements_per_row(program: Program, data: TensorData, inputs: Inputs, batch_size: int) -> int:
-    """Numbers in flight for one particle of one datum: the datum's, the widest linear layer's, or shared latents'."""
-    layers = (layer for module in program.modules().values() for layer in module.modules())
+    """Numbers in flight for one particle of one datum: the datum's, a layer's, or shared latents', whichever are most.
+
+    A module that is no linear layer may say what it makes of a row by an attribute ``elements_per_row``.
+    """
+    layers = [layer for module in program.modules().values() for layer in module.modules()]
     widths = [layer.out_features for layer in layers if isinstance(layer, nn.Linear)]
+    stated: list[Any] = [getattr(layer, "elements_per_row", None) for layer in layers]
+    widths += [elements for elements in stated if isinstance(elements, int)]
     widths += [column[0].numel() for column in data.columns.values()]
     if inputs.check.global_sites:  # drawn once for a minibatch
         sites = latent_sites(program.model, *inputs.first()).values()

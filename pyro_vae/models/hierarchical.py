@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.arguments import one_of, whole_number
-from pyro_vae.models.likelihoods import Likelihood, likelihood_of
+from pyro_vae.models.likelihoods import Likelihood, as_likelihood
 from pyro_vae.models.registration import data_plate, register
 from pyro_vae.models.vae import positive_ints
 from pyro_vae.networks import ACTIVATIONS, ConvDecoder, ConvEncoder, GaussianMLP
@@ -90,6 +90,9 @@ class HierarchicalVAE(nn.Module):
     ) -> None:
         super().__init__()
         self.data_shape = positive_ints("data_shape", (data_shape,) if isinstance(data_shape, int) else data_shape)
+        for name, sizes in (("latent_dims", latent_dims), ("hidden_dims", hidden_dims)):
+            if not isinstance(sizes, Sequence):
+                raise ValueError(f"{name}: expected a list of whole numbers, got {sizes!r}")
         self.latent_dims = positive_ints("latent_dims", latent_dims)
         self.hidden_dims = _for_each_layer(hidden_dims, len(self.latent_dims))
         self.guide_kind = one_of("guide", guide, GUIDES)
@@ -98,9 +101,7 @@ class HierarchicalVAE(nn.Module):
         self.channels = positive_ints("channels", channels)
         if network != "mlp" and not self.hidden_dims[0]:
             raise ValueError(f'hidden_dims: expected a width next to the data for network="{network}", got ()')
-        self.likelihood = (
-            likelihood if isinstance(likelihood, Likelihood) else likelihood_of(likelihood, self.data_shape)
-        )
+        self.likelihood = as_likelihood(likelihood, self.data_shape)
         self._build_guide()
         between = zip(itertools.pairwise(self.latent_dims), self.hidden_dims[1:], strict=True)
         self.down = nn.ModuleList(GaussianMLP(high, w[::-1], low, activation) for (low, high), w in between)

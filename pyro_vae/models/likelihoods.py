@@ -39,6 +39,7 @@ __all__ = [
     "NegativeBinomialLikelihood",
     "SharedGaussianLikelihood",
     "StretchedBeta",
+    "as_likelihood",
     "bits_per_dim",
     "likelihood_of",
 ]
@@ -327,6 +328,26 @@ def likelihood_of(name: str, data_shape: Sequence[int]) -> Likelihood:
     likelihood = LIKELIHOODS[one_of("likelihood", name, LIKELIHOODS)](data_shape)
     likelihood.name = name
     return likelihood
+
+
+def as_likelihood(likelihood: str | Likelihood, data_shape: Sequence[int]) -> Likelihood:
+    """A likelihood of data of a shape, by its name or as it is.
+
+    Args:
+        likelihood: a name in ``LIKELIHOODS``, or a likelihood.
+        data_shape: shape of one datum.
+
+    Raises:
+        ValueError: there is no such name, or the likelihood is of data of another shape.
+
+    Example:
+        >>> as_likelihood("bernoulli", (28, 28))
+        BernoulliLikelihood()
+    """
+    made = likelihood if isinstance(likelihood, Likelihood) else likelihood_of(likelihood, data_shape)
+    if made.data_shape != tuple(data_shape):
+        raise ValueError(f"likelihood: expected one of data of shape {tuple(data_shape)}, got {made.data_shape}")
+    return made
 
 
 def bits_per_dim(log_prob_nats: T, num_dims: int) -> T:

@@ -336,8 +336,8 @@ def as_posterior(posterior: str | nn.Module, latent_dim: int) -> Posterior:
     """A family of posteriors of latents of so many dimensions, by its name or as it is.
 
     Args:
-        posterior: a name in ``POSTERIORS``, or a module that has a ``latent_dim`` and is called as a
-            :class:`Posterior` is.
+        posterior: a name in ``POSTERIORS``, or a module that has ``latent_dim``, ``num_parameters`` and ``prior()``,
+            and is called, as a :class:`Posterior`.
         latent_dim: J.
 
     Raises:
@@ -348,7 +348,10 @@ def as_posterior(posterior: str | nn.Module, latent_dim: int) -> Posterior:
         5
     """
     if not isinstance(posterior, str):
-        return cast(Posterior, require_latent_dim("posterior", posterior, latent_dim, POSTERIORS))
+        own = require_latent_dim("posterior", posterior, latent_dim, POSTERIORS)
+        if not isinstance(getattr(own, "num_parameters", None), int) or not hasattr(own, "prior"):
+            raise ValueError(f"posterior: expected a module with num_parameters and prior(), got {own!r}")
+        return cast(Posterior, own)
     made = POSTERIORS[one_of("posterior", posterior, POSTERIORS)](latent_dim)
     made.name = posterior
     return made

@@ -30,6 +30,7 @@ __all__ = [
     "VampPrior",
     "as_prior",
     "require_latent_dim",
+    "require_one_support",
 ]
 
 _DRAWN_IN = 0.01  # from an end of the range of data, where pseudo-inputs would have no gradient
@@ -47,7 +48,8 @@ class Prior(nn.Module):
     Attributes:
         name: its name in ``PRIORS`` if :func:`as_prior` made it, which is then enough to make it again.
         latent_dim: J.
-        config: the arguments that build this architecture again, ``type(prior)(**prior.config)``.
+        config: the arguments that build this architecture again, ``type(prior)(**prior.config)``; of a family's
+            standard prior, of which the posterior is an argument too, the others.
     """
 
     name: str | None = None
@@ -104,6 +106,7 @@ class MixtureOfGaussians(Prior):
     def __init__(self, latent_dim: int, num_components: int = 100) -> None:
         count = whole_number("num_components", num_components)
         super().__init__(latent_dim, num_components=count)
+        self.elements_per_row = count * self.latent_dim
         self.logits = nn.Parameter(torch.zeros(count))
         self.loc = nn.Parameter(torch.randn(count, self.latent_dim))
         self.raw_scale = nn.Parameter(torch.full((count, self.latent_dim), _UNIT_RAW_SCALE))
@@ -157,6 +160,7 @@ class VampPrior(Prior):
                 f"data_range: expected a finite least value and a greater one, or None, got {data_range!r}"
             )
         super().__init__(latent_dim, data_shape=shape, num_components=count, data_range=data_range)
+        self.elements_per_row = count * self.latent_dim
         raw = _SPREAD * torch.randn(count, *shape)
         if pseudo_inputs is not None:
             data = torch.as_tensor(pseudo_inputs, dtype=raw.dtype)
@@ -293,8 +297,7 @@ def as_prior(
         posterior: the family of q(z | x), whose own standard prior is what "standard" means; None for a Gaussian one.
 
     Raises:
-        ValueError: there is no such name, the prior is of another number of dimensions, or "mixture" or "flow", which
-            live on real vectors, meets a posterior that does not.
+        ValueError: there is no such name, or the prior is of another number of dimensions.
 
     Example:
         >>> as_prior("mixture", 2, data_shape=(784,)).config
@@ -309,18 +312,33 @@ def as_prior(
     elif prior == "vamp":
         made = VampPrior(latent_dim, data_shape, data_range=data_range)
     else:
-        _require_real(prior, posterior)
         made = PRIORS[prior](latent_dim)
     made.name = prior
     return made
 
 
-def _require_real(prior: str, posterior: Any) -> None:
-    support = constraints.real_vector if posterior is None else posterior.prior().support
-    if getattr(support, "base_constraint", support) is not constraints.real:
+def require_one_support(prior: dist.Distribution, posterior: dist.Distribution) -> None:
+    """Refuse a prior with mass where the posterior can have none, or none where it can: bounds would be wrong or NaN.
+
+    Raises:
+        ValueError: their supports differ, by more than an end of an interval.
+    """
+    if _ends(prior.support) != _ends(posterior.support):
         raise ValueError(
-            f"prior: expected 'standard' or 'vamp' for a posterior that is not on the reals, got {prior!r}"
+            f'prior: expected one on the support of the posterior, {posterior.support}, such as "standard" or "vamp", '
+            f"got one on {prior.support}"
         )
+
+
+def _ends(support: Any) -> Any:
+    """Of an interval its ends, of another support what it is."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if support in (constraints.real, constraints.real_vector):
+        return -math.inf, math.inf
+    if not hasattr(support, "lower_bound"):
+        return str(support)
+    return float(support.lower_bound), float(getattr(support, "upper_bound", math.inf))
 
 
 def require_latent_dim(name: str, module: Any, latent_dim: int, known: Iterable[str]) -> nn.Module:

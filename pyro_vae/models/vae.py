@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from pyro_vae.arguments import one_of, whole_number
 from pyro_vae.models.full_bayes import BayesianModule
-from pyro_vae.models.likelihoods import Likelihood, likelihood_of
+from pyro_vae.models.likelihoods import Likelihood, as_likelihood
 from pyro_vae.models.posteriors import Posterior, as_posterior
-from pyro_vae.models.priors import Prior, VampPrior, as_prior
+from pyro_vae.models.priors import Prior, VampPrior, as_prior, require_one_support
 from pyro_vae.models.registration import data_plate, register
 from pyro_vae.networks import ACTIVATIONS, MLP, ConvDecoder, ConvEncoder, init_paper
 
@@ -58,7 +58,8 @@ class VAE(nn.Module):
         num_data: N, how many data a Bayesian VAE's bound is of; None for :func:`pyro_vae.fit` to fill in.
         network: "mlp"; "conv" or "resnet" for images, data of shape (H, W) or (H, W, C); or two modules of your own:
             an encoder of data (M, *data_shape) to as many numbers for each as the posterior has parameters, and a
-            decoder of latents (M, J) to as many as the likelihood has.
+            decoder of latents (M, J) to as many as the likelihood has, in the order (P, *data_shape). Beside these,
+            hidden_dims, activation and channels are of no use.
         channels: of the convolutions, a level each, which halves the image; the decoder has them in reverse.
         prior: p(z): "standard", "mixture", "vamp" or "flow" (:mod:`pyro_vae.models.priors`), or one of your own.
         posterior: the family of q(z | x): "diagonal", "full", "iaf", "spline", or one of the paper's Sec. 2.4, such as
@@ -115,11 +116,7 @@ class VAE(nn.Module):
         self.local_reparameterization = local_reparameterization
         self.num_data = None if num_data is None else whole_number("num_data", num_data)
         self.channels = positive_ints("channels", channels)
-        if not isinstance(likelihood, Likelihood):
-            likelihood = likelihood_of(likelihood, self.data_shape)
-        self.likelihood = likelihood
-        if self.likelihood.data_shape != self.data_shape:
-            raise ValueError(f"likelihood: expected one of {self.data_shape}, got {self.likelihood.data_shape}")
+        self.likelihood = as_likelihood(likelihood, self.data_shape)
         self.posterior = as_posterior(posterior, self.latent_dim)
         self.prior = as_prior(prior, self.latent_dim, self.data_shape, self.data_range, self.posterior)
         self.network = network if isinstance(network, str) else "own"
@@ -129,6 +126,7 @@ class VAE(nn.Module):
             init_paper(decoder)
         self.encoder = self._latent(encoder, "encoder") if bayesian is True else encoder
         self.decoder = self._latent(decoder, "decoder") if bayesian else decoder
+        require_one_support(self.prior(self.encode), self.posterior(torch.zeros(1, self.posterior.num_parameters)))
 
     def _networks(self, network: Any) -> tuple[nn.Module, nn.Module]:
         """Encoder and decoder."""
@@ -153,7 +151,8 @@ class VAE(nn.Module):
 
     def _latent(self, network: nn.Module, name: str) -> BayesianModule:
         scale, local, learn = self.prior_scale, self.local_reparameterization, self.learn_prior
-        return BayesianModule(network, scale, local, learn_prior=learn, name=name)
+        event_dim = network.event_dim if isinstance(network, _Own) else 1
+        return BayesianModule(network, scale, local, learn_prior=learn, event_dim=event_dim, name=name)
 
     @property
     def data_range(self) -> tuple[float, float] | None:
@@ -163,7 +162,7 @@ class VAE(nn.Module):
     @property
     def config(self) -> dict[str, Any] | None:
         """The arguments that build this architecture again: ``VAE(**vae.config)``; None if parts of it are your own."""
-        parts = {name: getattr(self, name).name for name in ("likelihood", "prior", "posterior")}
+        parts = {name: getattr(getattr(self, name), "name", None) for name in ("likelihood", "prior", "posterior")}
         if self.network == "own" or None in parts.values():
             return None
         names = ["data_shape", "latent_dim", "hidden_dims", "activation", "init", "network", "channels"]
@@ -273,9 +272,10 @@ def _own_networks(
         raise ValueError(f"network: expected one of {', '.join(NETWORKS)}, or two modules, got {network!r}")
     made, kinds = [], (("an encoder", data_shape), ("a decoder", (latent_dim,)))
     for part, (what, seen), size in zip(pair, kinds, sizes, strict=True):
-        parameter = next(part.parameters(), torch.empty(0))
+        parameter, training = next(part.parameters(), torch.empty(0)), part.training
         with torch.no_grad():
-            found = part(parameter.new_zeros(2, *seen))
+            found = part.eval()(parameter.new_zeros(2, *seen))
+        part.train(training)
         if found.shape[:1] != (2,) or found[0].numel() != size:
             raise ValueError(
                 f"network: expected {what} of {(2, *seen)} to {size} values for each, got {tuple(found.shape)}"
@@ -284,12 +284,10 @@ def _own_networks(
     return made[0], made[1]
 
 
-def _averaged(law: Callable[[Any], dist.Distribution], outputs: Any) -> dist.Distribution:
-    """The even mixture of the laws of a network's outputs (K, ..., D), or of a pair of them, over K draws."""
-    several = isinstance(outputs, tuple)
-    moved = tuple(output.movedim(0, -2) for output in (outputs if several else (outputs,)))
-    components = law(moved if several else moved[0])
-    return dist.MixtureSameFamily(dist.Categorical(logits=moved[0].new_zeros(components.batch_shape)), components)
+def _averaged(law: Callable[[Tensor], dist.Distribution], outputs: Tensor) -> dist.Distribution:
+    """The even mixture of the laws of a network's outputs (K, ..., D) over K draws."""
+    components = law(outputs.movedim(0, -2))
+    return dist.MixtureSameFamily(dist.Categorical(logits=outputs.new_zeros(components.batch_shape)), components)
 
 
 def positive_ints(name: str, values: Sequence[int], *, may_be_empty: bool = False) -> tuple[int, ...]:

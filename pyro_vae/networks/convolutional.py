@@ -70,6 +70,7 @@ class ConvEncoder(nn.Module):
             levels.append(nn.Conv2d(width, next_width, 3, stride=2, padding=1))
             levels.append(_ResidualBlock(next_width, size, activation) if residual else ACTIVATIONS[activation]())
         num_features = channels[-1] * math.prod(sizes[-1])
+        self.elements_per_row = _largest(channels, sizes[1:])
         self.layers = nn.Sequential(*levels, nn.Flatten(), MLP(num_features, (hidden_dim,), out_dim, activation))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,6 +129,7 @@ class ConvDecoder(nn.Module):
         for (width, next_width), (size, next_size) in zip(widths, itertools.pairwise(sizes), strict=True):
             levels.append(_ResidualBlock(width, size, activation) if residual else ACTIVATIONS[activation]())
             levels.append(_doubling(width, next_width, next_size))
+        self.elements_per_row = _largest((*channels, num_parameters * self.image_shape[-1]), sizes)
         start = (channels[0], *sizes[0])
         mlp = MLP(latent_dim, (hidden_dim,), math.prod(start), activation)
         self.layers = nn.Sequential(mlp, nn.Unflatten(-1, start), *levels)
@@ -137,6 +139,11 @@ class ConvDecoder(nn.Module):
         images: Tensor = self.layers(z.reshape(-1, z.shape[-1]))
         parameters: Tensor = images.unflatten(1, (self.num_parameters, -1)).movedim(2, -1)
         return parameters.reshape(*z.shape[:-1], self.num_parameters, *self.data_shape)
+
+
+def _largest(widths: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:
+    """Numbers of the largest feature map, of so many channels each."""
+    return max(width * math.prod(size) for width, size in zip(widths, sizes, strict=True))
 
 
 class _ResidualBlock(nn.Module):

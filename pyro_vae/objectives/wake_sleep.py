@@ -16,8 +16,9 @@ and weighs them by w~_k = w_k / sum_j w_j, with w_k = p(x, z_k) / q(z_k | x), *o
 
 Wake-phi's gradient is self-normalised importance sampling: biased, consistent as K -> infinity. No draw needs a
 reparameterised sample, so latents may be discrete. The two losses touch disjoint parameters, since what the other phase
-would touch is held fixed; one backward pass serves both. What is logged is the bound at the same draws: the lower bound
-for K = 1, IWAE's for K particles.
+would touch is held fixed; one backward pass serves both. Parameters that model and guide share (those of the model in a
+ladder's top-down guide, those of the encoder in a VampPrior) are moved by both phases. What is logged is the bound at
+the same draws: the lower bound for K = 1, IWAE's for K particles.
 """
 
 from __future__ import annotations

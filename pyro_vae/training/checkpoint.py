@@ -224,8 +224,9 @@ class RunDirectory:
 
 
 def model_tensors(program: Program, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a checkpoint holds of a program: its parameters, and its modules' buffers."""
-    buffers = {f"buffers/{name}": buffer for name, buffer in program.named_buffers().items()}
+    """What a checkpoint holds of a program: its parameters, and its modules' buffers, but for constants."""
+    kept = {f"{name}.{key}" for name, module in program.modules().items() for key in module.state_dict(keep_vars=True)}
+    buffers = {f"buffers/{name}": buffer for name, buffer in program.named_buffers().items() if name in kept}
     return {f"parameters/{name}": tensor for name, tensor in parameters.items()} | buffers
 
 

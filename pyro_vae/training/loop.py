@@ -209,7 +209,8 @@ def fit(
             (A posterior over weights is the model's: ``pyro_vae.VAE(bayesian=True)``, :func:`pyro_vae.bayesian`.)
         kl_warmup: raise the weight of the KL term linearly from 0 to 1 over so many samples.
         free_bits: nats that the mean KL of each latent site may have at no cost (arXiv:1606.04934, eq. (15)). It is
-            meant for sites that the guide draws in the model's order: of others log q - log p may be below 0.
+            meant for sites that the guide draws in the model's order: of others log q - log p may be below 0. The mean
+            is a minibatch's, so that the objective is no sum over data: several processes refuse it.
         kl_by_site: add to the history what each latent site costs, as "train_kl_z", "test_kl_z" and so on: see
             :func:`pyro_vae.evaluation.evaluate_kl`.
         max_grad_norm: clip the gradient of the mean loss, in nats per datum, to this Euclidean norm.
@@ -255,6 +256,7 @@ def fit(
         prior_scale=prior_scale,
         kl_warmup=kl_warmup,
         free_bits=free_bits,
+        kl_by_site=kl_by_site,
         max_grad_norm=max_grad_norm,
         patience=patience,
         trained=trained,
@@ -271,7 +273,7 @@ def fit(
     with team.one_warning(), seeded(settings.seed):
         learner = SGVB() if objective is None else objective
         how = optimizer, learning_rate_schedule
-        trainer = _Trainer(bridged, learner, evaluate_with, how, settings, team, told=program, kl_by_site=kl_by_site)
+        trainer = _Trainer(bridged, learner, evaluate_with, how, settings, team, told=program)
         try:
             trainer.open(data, test, valid, compile)
         except BaseException:
@@ -374,12 +376,10 @@ class _Trainer:
         settings: Settings,
         ranks: Ranks,
         told: Any,
-        kl_by_site: bool,
     ) -> None:
         self.told, self._is_told = told, False
         self.program, self.objective, self.settings, self.ranks = program, objective, settings, ranks
         self._make_optimizer, self._make_schedule = how
-        self._wants_kl = kl_by_site
         self.position = _Position()
         self.directory: RunDirectory | None = None
         self.board: Any = None
@@ -394,7 +394,7 @@ class _Trainer:
                 f"expected a program with a guide, Program(model, guide), for {self.evaluated!r}; got {program!r}, "
                 "which only MCEM() trains"
             )
-        if kl_by_site and not program.has_guide:
+        if settings.kl_by_site and not program.has_guide:
             raise ValueError(f"kl_by_site: expected a program with a guide, Program(model, guide), got {program!r}")
         if self.evaluated is None and settings.patience is not None:
             raise ValueError(f"patience: {type(objective).__name__} has no bound to stop early on; see evaluate_with")
@@ -405,6 +405,8 @@ class _Trainer:
         for name, tensor in (("kl_warmup", "kl_weight"), ("free_bits", "free_bits")):
             if getattr(settings, name) is not None and not isinstance(getattr(objective, tensor, None), Tensor):
                 raise ValueError(f"{name}: expected an objective with a {tensor}, got {objective!r}")
+        if ranks.size > 1 and settings.free_bits is not None:
+            raise ValueError(f"free_bits: expected one process, which knows a minibatch's mean KL, got {ranks.size}")
         if ranks.size > 1 and isinstance(objective, MCEM) and objective.persistent is not False:
             raise ValueError(
                 "MCEM keeps the chains of all data in one process: expected one process, or MCEM(persistent=False, "
@@ -781,7 +783,7 @@ class _Trainer:
         row |= _columns("train", train) | _columns("test", test)
         if self.valid_inputs is not None:
             row |= _columns("valid", self._bound(self.valid_inputs))
-        return row | (self._kl_by_site() if self._wants_kl else {})
+        return row | (self._kl_by_site() if self.settings.kl_by_site else {})
 
     def _kl_by_site(self) -> dict[str, float]:
         splits = {"train": self.train_inputs, "test": self.test_inputs, "valid": self.valid_inputs}

@@ -22,7 +22,8 @@ __all__ = ["checksum", "describe", "describe_data", "describe_environment", "req
 
 
 # What older runs do not state.
-_SINCE = {"trained": "all", "precision": "full", "schedule_every": "epoch", "steps": "eager", "processes": 1}
+_SINCE = {"trained": "all", "precision": "full", "schedule_every": "epoch", "kl_by_site": False}
+_SINCE |= {"steps": "eager", "processes": 1}
 
 
 def describe(thing: Any) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Settings:
     schedule_every: str = "epoch"
     ema_decay: float | None = None
     free_bits: float | None = None
+    kl_by_site: bool = False
 
     def __post_init__(self) -> None:
         if (self.num_samples is None) == (self.epochs is None):

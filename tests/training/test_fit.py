@@ -297,6 +297,12 @@ def test_a_stored_run_gives_the_averages(tmp_path):
     assert not torch.equal(next(stored.parameters()), path[-1][0])
 
 
+def test_constants_of_a_module_are_no_part_of_a_checkpoint(tmp_path):
+    pv.fit(small_vae(), torch.ones(6, 8, 8), epochs=1, run_dir=tmp_path / "r")
+    stored = RunDirectory(tmp_path / "r").load().part("model")
+    assert {name.split("/")[0] for name in stored} == {"parameters"}  # and none of what is registered but not kept
+
+
 def test_kl_warmup_changes_training_but_never_what_is_logged(monkeypatch):
     weights = []
     real = pv.SGVB.differentiable_loss
