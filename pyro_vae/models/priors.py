@@ -123,8 +123,8 @@ class VampPrior(Prior):
         p(z) = 1/K sum_k q(z | u_k)
 
     The best prior for the bound is the mean of the posteriors of all data (the same, eq. (8)); K pseudo-inputs u_k,
-    which are learned with the rest, stand in for the data. So p(z) depends on the encoder's parameters. Each draw takes
-    memory for one of every component.
+    which are learned with the rest, stand in for the data. So p(z) depends on the encoder's parameters, and
+    none are the guide's alone (``fit(trained="guide")``). Each draw takes memory for one of every component.
 
     Args:
         latent_dim: J, at least 1.
