@@ -761,10 +761,11 @@ def test_decoding_is_the_mixture_over_draws_of_the_weights(likelihood):
     vae, z = small_vae(scale=0.5, likelihood=likelihood), torch.randn(5, 2)
     out = components(vae.decoder, z)
     decoded, x = vae.decode(z), torch.rand(5, 2, 2).round()
+    first, *log_variance = out.unflatten(-1, (-1, 2, 2)).unbind(-3)
     each = (
-        dist.Bernoulli(logits=out.reshape(16, 5, 2, 2))
-        if likelihood == "bernoulli"
-        else dist.Normal(out[0].sigmoid().reshape(16, 5, 2, 2), out[1].reshape(16, 5, 2, 2))
+        dist.Normal(first.sigmoid(), (0.5 * log_variance[0]).exp().clamp(1 / 255, 1.0))
+        if log_variance
+        else dist.Bernoulli(logits=first)
     )
     close(decoded.mean, each.mean.mean(0))
     close(decoded.log_prob(x), each.log_prob(x).sum((-1, -2)).logsumexp(0) - math.log(16))
@@ -775,10 +776,13 @@ def test_decoding_is_the_mixture_over_draws_of_the_weights(likelihood):
 
 def test_encoding_is_the_mixture_over_draws_of_the_weights():
     vae, x, z = small_vae("all", scale=0.5), binary(5), torch.randn(5, 2)
-    loc, scale = components(vae.encoder, x.flatten(1))
+    loc, log_variance = components(vae.encoder, x.flatten(1)).chunk(2, -1)
     encoded = vae.encode(x)
     close(encoded.mean, loc.mean(0))
-    close(encoded.log_prob(z), dist.Normal(loc, scale).log_prob(z).sum(-1).logsumexp(0) - math.log(16))
+    close(
+        encoded.log_prob(z),
+        dist.Normal(loc, (0.5 * log_variance).exp()).log_prob(z).sum(-1).logsumexp(0) - math.log(16),
+    )
 
 
 @pytest.mark.parametrize("local", [False, True])
