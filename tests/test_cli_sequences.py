@@ -127,7 +127,7 @@ def test_config_file_resume_and_fivo(folder, stored, tmp_path):
     [
         (["--dataset", "pendulum"], "pendulum holds sequences: expected --model deep-markov"),
         (["--dataset", "digits", "--model", "deep-markov"], "digits holds no sequences, but data of shape (8, 8)"),
-        (["--model", "deep-markow"], "--model: expected one of vae, deep-markov, got 'deep-markow'"),
+        (["--model", "deep-markow"], "--model: expected one of vae, hierarchical, deep-markov, got 'deep-markow'"),
         (["--model", "deep-markov", "--bayesian", "all"], "--bayesian is for --model vae, got --model deep-markov"),
         (["--model", "deep-markov", "--learn-prior"], "--learn-prior is for --model vae"),
         (["--model", "deep-markov", "--likelihood", "gaussian"], "--likelihood is for --model vae"),
