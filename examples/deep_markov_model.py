@@ -73,6 +73,7 @@ def main() -> None:
         epochs=args.epochs,
         kl_warmup=args.warmup * len(data.train),
         max_grad_norm=args.max_grad_norm,
+        trim_padding=True,
         evaluate_every=10 * len(data.train),
         valid=(data.valid, data.valid_lengths),
         patience=args.patience,

@@ -252,6 +252,7 @@ Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.")]
 Rows = Annotated[list[str] | None, typer.Option(help=_ROWS_HELP)]
 Split = Annotated[str, typer.Option(help="train, valid or test.")]
 Draws = Annotated[int, typer.Option(help="Draws of each sequence.", min=1)]
+_TRIM_HELP = "Leave out steps that are padding in all of a minibatch's sequences."
 _EMA_HELP = "Evaluate and keep an exponential moving average of the weights: 0.999 looks back about 1,000 steps."
 Particles = Annotated[int, typer.Option(help="Particles of the filter.", min=1)]
 PathProposal = Annotated[str | None, typer.Option("--proposal", help=_PATH_PROPOSAL_HELP)]
@@ -312,6 +313,7 @@ def train(
     learning_rate_schedule: Annotated[float | None, _training(help="Factor of the rate after each epoch.")] = None,
     ema_decay: Annotated[float | None, _training(help=_EMA_HELP)] = None,
     max_grad_norm: Annotated[float | None, _training(help="Clip the gradient to this norm.")] = None,
+    trim_padding: Annotated[bool, _training("--trim-padding", help=_TRIM_HELP)] = False,
     patience: Annotated[int | None, _training(help="Stop after so many evaluations without a better bound.")] = None,
     evaluate_every: EvaluateEvery = None,
     seed: Annotated[int, _training(help="Seed of the random numbers.", min=0, max=2**32 - 1)] = 0,
@@ -365,6 +367,7 @@ def train(
         "learning_rate_schedule",
         "ema_decay",
         "max_grad_norm",
+        "trim_padding",
         "patience",
         "tensorboard",
         "precision",

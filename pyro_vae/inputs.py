@@ -22,6 +22,7 @@ from pyro_vae.data.batches import (
     require_levels,
     require_range,
     require_valid,
+    trimmed,
 )
 from pyro_vae.programs import HasModelAndGuide, Program, ProgramCheck, as_program, check_program, signature_of
 
@@ -66,6 +67,24 @@ class Inputs:
         if isinstance(self.data, TensorData):
             return self.call(self.data.rows(slice(0, _DRY_RUN)))
         return self.call(self.data.reader(self.data.columns(self.data.first())))
+
+    def trimming(self, program: Program) -> Inputs:
+        """The same inputs, of which each batch is cut to about its own longest sequence.
+
+        Raises:
+            ValueError: they have no lengths, or the program does not take fewer steps.
+        """
+        columns = self.data.columns if isinstance(self.data, TensorData) else self.data.columns(self.data.first())
+        if LENGTHS not in columns:
+            raise ValueError(f"trim_padding: expected padded sequences and their {LENGTHS}, got {list(columns)}")
+        read = self.data.reader({name: column[:_DRY_RUN] for name, column in columns.items()})
+        fewer = int(read[LENGTHS].max() + 1) // 2
+        args, kwargs = self.call(trimmed(read | {LENGTHS: read[LENGTHS].clamp(max=fewer)}))
+        try:
+            check_program(program, args, kwargs)
+        except ValueError as error:
+            raise ValueError(f"trim_padding: expected a program that takes any number of steps: {error}") from error
+        return replace(self, data=replace(self.data, reader=replace(self.data.reader, trims=True)))
 
     def tensors(self) -> TensorData:
         """The data as rows.

@@ -28,6 +28,7 @@ __all__ = ["Ranks", "is_sharded", "ranks", "require_alone", "restarted"]
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(minutes=30)  # one rank may compile, or write a large checkpoint, while the others wait
+_SECONDS_TO_LEAVE = 0.2
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -167,7 +168,13 @@ def _of_this_start(store: Any, rank: int, size: int) -> Any:
 
 
 def _leave() -> None:
+    """Leave the group.
+
+    The threads that worked for it drop the tensors of the last exchange, for which they need the interpreter's lock: a
+    thread that still waits for it when the interpreter ends takes the process down. So it is theirs for a moment.
+    """
     if distributed.is_initialized():
+        time.sleep(_SECONDS_TO_LEAVE)
         distributed.destroy_process_group()
 
 

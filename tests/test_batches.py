@@ -1,6 +1,8 @@
 """Batches cut by index: every row once, in an order that depends on seed and epoch alone."""
 
 import itertools
+import math
+from dataclasses import replace
 from zlib import crc32
 
 import pytest
@@ -17,6 +19,7 @@ from pyro_vae.data.batches import (
     is_unscaled,
     require_range,
     require_valid,
+    trimmed,
 )
 from pyro_vae.training.provenance import checksum
 
@@ -302,3 +305,32 @@ def test_an_iterable_is_iterated_anew_each_time():
 def test_a_batch_of_something_else_is_refused():
     with pytest.raises(ValueError, match=r"batches of tensors.*str"):
         list(BatchIterable(["a"], ("x",), PLAIN).raw())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 160, 1793])
+def test_trimmed_sequences_keep_all_that_is_data_and_come_in_few_shapes(steps):
+    x, mask = torch.rand(3, steps, 2), torch.rand(3, steps) < 0.5
+    found = set()
+    for longest in range(1, steps + 1):
+        lengths = torch.tensor([1, longest, 1])
+        batch = {"x": x, "lengths": lengths, "mask": mask, "label": torch.zeros(3, 2), "one": torch.zeros(3)}
+        cut = trimmed(batch)
+        kept = cut["x"].shape[1]
+        assert longest <= kept <= math.ceil(min(steps, longest * math.sqrt(2)))
+        assert torch.equal(cut["x"], x[:, :kept])
+        assert torch.equal(cut["mask"], mask[:, :kept])
+        assert cut["x"].is_contiguous()
+        assert all(cut[name] is batch[name] for name in ("lengths", "one"))
+        assert steps == 2 or cut["label"] is batch["label"]
+        found.add(kept)
+    assert steps in found
+    assert len(found) <= 2 * math.log2(steps) + 1
+
+
+def test_a_reader_trims_when_it_is_told_to():
+    x, lengths = torch.arange(24.0).reshape(2, 12, 1), torch.tensor([3, 5])
+    data = TensorData({"x": x, "lengths": lengths}, PLAIN)
+    assert data.rows(slice(None))["x"].shape == (2, 12, 1)
+    trimming = TensorData(data.columns, replace(PLAIN, trims=True))
+    assert torch.equal(trimming.rows(slice(None))["x"], x[:, :6].double())
+    assert torch.equal(trimming.rows(slice(0, 1))["x"], x[:1, :3].double())

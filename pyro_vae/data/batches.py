@@ -44,6 +44,7 @@ __all__ = [
     "require_range",
     "require_valid",
     "stored_blocks",
+    "trimmed",
 ]
 
 Column: TypeAlias = Tensor | SparseRows
@@ -273,6 +274,7 @@ class Reader:
         drawn: names of the arguments to binarise by drawing.
         unscaled: names of the uint8 arguments that hold numbers as they are, not levels from 0 to 255.
         missing: names of the arguments of which numbers may be missing, NaN or infinite where the mask is False.
+        trims: whether a batch of padded sequences is cut to about its own longest.
     """
 
     device: torch.device
@@ -281,10 +283,12 @@ class Reader:
     drawn: frozenset[str] = frozenset()
     unscaled: frozenset[str] = frozenset()
     missing: frozenset[str] = frozenset()
+    trims: bool = False
 
     def __call__(self, columns: Mapping[str, Column]) -> Columns:
         """Read a batch; the draws come from torch's global generator of the device."""
         read = {name: self._scale(name, column) for name, column in columns.items()}
+        read = trimmed(read) if self.trims else read
         if self.data_shape is not None:
             first = next(iter(read))
             read[first] = _reshape(read[first].to(self.dtype), self.data_shape)
@@ -305,6 +309,18 @@ class Reader:
         if self.device.type == "cuda" and column.device.type == "cpu":
             column = column.pin_memory()  # then the copy need not be waited for
         return column.to(self.device, non_blocking=True)
+
+
+def trimmed(columns: Columns) -> Columns:
+    """Padded sequences (M, T, ...), and all that has their first two axes, without steps that all are padding.
+
+    Their number of steps is one of T, T / sqrt(2), T / 2, ..., so that only a few shapes come.
+    """
+    longest, shape = int(columns[LENGTHS].max()), columns[observed_name(columns)].shape[:2]
+    halvings = math.floor(2 * math.log2(shape[1] / longest) + 1e-9)
+    kept = max(longest, math.ceil(shape[1] / math.sqrt(2) ** halvings))
+    along = {name for name, column in columns.items() if name != LENGTHS and column.shape[:2] == shape}
+    return {name: x[:, :kept].contiguous() if name in along else x for name, x in columns.items()}
 
 
 def is_unscaled(column: Column) -> bool:
@@ -501,7 +517,7 @@ class _DrawnOnce(TensorData):
     def _draw(self, stop: int) -> Iterator[Columns]:
         """The drawn columns in blocks that cover the first rows; a block is the same wherever it stops."""
         generator = torch.Generator(self.grey.device).manual_seed(self.seed)
-        plain = replace(self.grey, drawn=frozenset(), data_shape=None)
+        plain = replace(self.grey, drawn=frozenset(), data_shape=None, trims=False)
         grey = {name: column for name, column in self.columns.items() if name in self.grey.drawn}
         widest = max(column[:1].numel() for column in grey.values())
         size = max(1, min(_ROWS_PER_DRAW, _ELEMENTS_PER_DRAW // max(1, widest)))

@@ -144,6 +144,7 @@ def fit(
     free_bits: float | None = None,
     kl_by_site: bool = False,
     max_grad_norm: float | None = None,
+    trim_padding: bool = False,
     patience: int | None = None,
     tensorboard: bool = False,
     trained: Literal["all", "guide"] = "all",
@@ -214,6 +215,9 @@ def fit(
         kl_by_site: add to the history what each latent site costs, as "train_kl_z", "test_kl_z" and so on: see
             :func:`pyro_vae.evaluation.evaluate_kl`.
         max_grad_norm: clip the gradient of the mean loss, in nats per datum, to this Euclidean norm.
+        trim_padding: leave out steps that are padding in all sequences of a minibatch, where one long sequence has made
+            them all long: of T stored steps it keeps T, T / sqrt(2), T / 2 and so on, as many as its longest needs. It
+            is cut from all arguments of x's first two axes. For programs that take any number of steps.
         patience: stop after so many evaluations without a better validation bound, and return to the best parameters.
         tensorboard: write TensorBoard events into ``run_dir`` (needs the extra ``pyro-vae[tensorboard]``).
         trained: "all" parameters, or those of the "guide" alone: what the model's density depends on stays as it is.
@@ -258,6 +262,7 @@ def fit(
         free_bits=free_bits,
         kl_by_site=kl_by_site,
         max_grad_norm=max_grad_norm,
+        trim_padding=trim_padding,
         patience=patience,
         trained=trained,
         precision=precision,
@@ -457,6 +462,20 @@ class _Trainer:
         self.step = (
             CompiledStep(*parts, **options, shapes=self._usual_shapes()) if compile else EagerStep(*parts, **options)
         )
+        if s.trim_padding:
+            self._trim()
+
+    def _trim(self) -> None:
+        """Read minibatches without the steps that are padding in all of their sequences."""
+        if isinstance(self.objective, MCEM) and self.objective.persistent is not False:
+            raise ValueError(
+                "trim_padding: MCEM keeps chains of the longest sequence's steps; expected MCEM(persistent=False, "
+                "num_transitions=...)"
+            )
+        self.train_inputs = self.train_inputs.trimming(self.program)
+        for name in ("test_inputs", "valid_inputs"):
+            if (inputs := getattr(self, name)) is not None:
+                setattr(self, name, inputs.trimming(self.program))
 
     def _require_a_bound_to_wait_for(self) -> None:
         expected = "learning_rate_schedule: expected a bound for ReduceLROnPlateau to wait for"

@@ -41,6 +41,7 @@ class Settings:
     ema_decay: float | None = None
     free_bits: float | None = None
     kl_by_site: bool = False
+    trim_padding: bool = False
 
     def __post_init__(self) -> None:
         if (self.num_samples is None) == (self.epochs is None):

@@ -1311,3 +1311,67 @@ def test_a_program_trains_again_and_by_pyro_after_it_was_recorded(soon):
         assert all(map(math.isfinite, losses))
     assert_same(dict(program.named_parameters()), dict(other.named_parameters()))
     copy.deepcopy(program)
+
+
+# Several shapes -------------------------------------------------------------------------------------------------------
+
+
+def ragged(num_data=120, steps=16):
+    """Sequences of which one in eight is long."""
+    torch.manual_seed(2)
+    lengths = torch.where(torch.arange(num_data) % 8 == 0, steps, torch.randint(1, 5, (num_data,)))
+    return torch.randn(num_data, steps, 3), lengths
+
+
+def test_each_shape_has_a_graph_of_its_own_and_the_usual_one_is_compiled(monkeypatch):
+    monkeypatch.setattr(compiled, "CAPTURE_AFTER", 3)
+    monkeypatch.setattr(compiled, "COMPILE_AFTER", 40)
+    kept, make = [], CompiledStep.__init__
+
+    def noted(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        kept.append(self)
+
+    monkeypatch.setattr(CompiledStep, "__init__", noted)
+    more = {"batch_size": 4, "num_samples": 4 * 60, "trim_padding": True}
+    (run, ours, said, _), (_, theirs, told, _) = both(sequences, ragged(), **more)
+    assert said == told == []
+    assert run.path == "compiled"
+    recorded = {shapes[0][1]: found for shapes, found in kept[0]._recorded.items() if found.graph is not None}
+    assert sorted(recorded) == [4, 16]
+    assert recorded[16].compiled
+    assert not recorded[4].compiled
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+def test_captured_steps_of_several_shapes_give_the_same_bits_also_if_a_run_was_stopped(soon, tmp_path):
+    more = {"batch_size": 4, "trim_padding": True}
+    _, program = assert_recorded_as_if_not(sequences, ragged(), num_samples=300, **more)
+    straight = {name: value.detach().clone() for name, value in program.named_parameters()}
+    trained(sequences, ragged(), num_samples=120, run_dir=tmp_path / "run", **more)
+    _, resumed, _, _ = trained(sequences, ragged(), num_samples=300, run_dir=tmp_path / "run", resume=True, **more)
+    assert_same(straight, resumed)
+
+
+def test_a_loader_whose_batches_have_shapes_of_their_own(soon, monkeypatch):
+    monkeypatch.setattr(compiled, "_MOST_SHAPES", 2)
+    torch.manual_seed(4)
+    batches = [(torch.randn(4, steps, 3), torch.full((4,), steps)) for steps in [5, 3, 4, 2] * 6]
+    assert_recorded_as_if_not(sequences, batches, num_samples=200)
+
+
+def test_a_number_that_changes_is_found_in_every_shape(soon):
+    class Drifting(LinearStateSpace):
+        """Its model's law depends on how often it was called with few steps, a Python number."""
+
+        calls = 0
+
+        def model(self, x, lengths=None, mask=None):
+            self.calls += x.shape[1] < 16
+            super().model(x * (1 + 0.1 * self.calls), lengths, mask)
+
+    _, _, said, _ = trained(
+        lambda: Drifting(example(), "amortized"), ragged(), batch_size=4, num_samples=240, trim_padding=True
+    )
+    assert len([text for text in said if "not the program's own" in text]) == 1

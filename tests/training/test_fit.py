@@ -826,3 +826,84 @@ def test_the_kept_row_is_of_the_parameters_that_were_kept():
     assert [row["samples"] for row in run.history] == [50, 100, 130]
     assert run.kept["samples"] in (50, 100)
     assert pv.evaluate_bound(model, x).mean == pytest.approx(run.kept["test_bound"], abs=1e-9)
+
+
+# Padding --------------------------------------------------------------------------------------------------------------
+
+
+def chains(num_data=24, steps=20):
+    """Sequences of a linear-Gaussian state space, a few of them long."""
+    torch.manual_seed(0)
+    lengths = torch.where(torch.arange(num_data) % 8 == 0, steps, torch.randint(1, 6, (num_data,)))
+    return torch.randn(num_data, steps, 2), lengths
+
+
+def exact_chain():
+    """Its guide is its posterior: the bound is the evidence, and estimator A's gradient has no noise."""
+    return pv.LinearGaussianSSM(0.5 * torch.eye(2), torch.tensor([[1.0, 0.3], [-0.2, 0.8]]))
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_padding_that_is_left_out_changes_no_number(missing):
+    x, lengths = chains()
+    data = {"x": x, "lengths": lengths}
+    if missing:
+        data["mask"] = torch.rand(24, 20) < 0.7
+    settings = {"batch_size": 4, "epochs": 4, "optimizer": "sgd", "learning_rate": 0.01, "progress": False}
+    runs = [(exact_chain().double(), trim) for trim in (False, True)]
+    histories = [
+        pv.fit(made, data, objective=pv.SGVB(estimator="A"), test=data, trim_padding=trim, **settings).history
+        for made, trim in runs
+    ]
+    names = ("train_bound", "test_bound", "train_bound_per_step")
+    for plain, trimmed in zip(*histories, strict=True):
+        assert [plain[name] for name in names] == pytest.approx([trimmed[name] for name in names], abs=1e-9)
+    ours, theirs = (parameters(made) for made, _ in runs)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-10)
+
+
+def test_batches_of_trimmed_sequences_are_as_long_as_they_must_be():
+    steps, made = [], exact_chain()
+    model = made.model
+
+    def noting(x, lengths):
+        steps.append((x.shape[1], int(lengths.max())))
+        model(x, lengths)
+
+    program = pv.Program(noting, made.guide)
+    pv.fit(program, chains(), batch_size=4, epochs=2, trim_padding=True, compile=False, progress=False)
+    assert {kept for kept, _ in steps} >= {20, 5}
+    assert all(longest <= kept <= math.ceil(longest * math.sqrt(2)) for kept, longest in steps[-12:])
+
+
+class FixedSteps(nn.Module):
+    """Its guide reads exactly 20 steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(40, 2)
+
+    def model(self, x, lengths):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z[..., None, :], torch.ones(x.shape[1:])).to_event(2), obs=x)
+
+    def guide(self, x, lengths):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x.flatten(1)), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "objective", "said"),
+    [
+        (exact_chain, chains()[0], None, r"trim_padding: expected padded sequences and their lengths, got \['x'\]"),
+        (FixedSteps, chains(), None, "trim_padding: expected a program that takes any number of steps: the program"),
+        (exact_chain, chains(), pv.MCEM(), "trim_padding: MCEM keeps chains of the longest sequence's steps"),
+    ],
+)
+def test_what_cannot_be_trimmed_is_refused(make, data, objective, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        pv.fit(make(), data, objective=objective, epochs=1, trim_padding=True, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
