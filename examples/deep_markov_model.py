@@ -23,10 +23,10 @@ import pyro_vae as pv
 
 def score(run: pv.Run, data: pv.Dataset, num_particles: int) -> dict[str, Any]:
     """Nats per time step of the test sequences, by each scorer."""
-    bound = pv.evaluate_bound(run.program, data, objective=pv.SGVB(num_particles=10, estimator="B"))
+    bound = pv.evaluate_bound(run.program, data, pv.SGVB(num_particles=10, estimator="B"), trim_padding=True)
     found: dict[str, Any] = {"test_bound": bound.per_step}
     for method in ("importance", "smc"):
-        result = pv.log_marginal(run.program, data, method=method, num_particles=num_particles)
+        result = pv.log_marginal(run.program, data, method=method, num_particles=num_particles, trim_padding=True)
         assert result.per_step is not None
         found[method], found[f"{method}_se"] = result.per_step
         found[f"{method}_ess"] = result.diagnostics["ess"].median().item()

@@ -604,6 +604,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     num_data: Annotated[int | None, typer.Option(help="Score only the first so many data.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Data at a time.")] = 100,
+    trim_padding: Annotated[bool, typer.Option("--trim-padding", help=_TRIM_HELP)] = False,
     root: Root = None,
     device: Device = None,
     seed: Seed = 0,
@@ -625,11 +626,10 @@ def evaluate(
         raise ValueError(f"{run} trained no guide to draw from: expected {_GUIDELESS} or --method posterior-density")
     data = stored.dataset(root).with_test(one_of("--split", split, ("train", "valid", "test")), num_data)
     held_out = split != "train"
-    bound = (
-        pv.evaluate_bound(stored.program, data, predictive=held_out, seed=seed) if stored.has_trained_guide else None
-    )
-    options |= {"method": method, "num_particles": num_particles}
-    score = pv.log_marginal(stored.program, data, batch_size=batch_size, seed=seed, **options)
+    how: dict[str, Any] = {"seed": seed, "trim_padding": trim_padding}
+    bound = pv.evaluate_bound(stored.program, data, predictive=held_out, **how) if stored.has_trained_guide else None
+    options |= {"method": method, "num_particles": num_particles} | how
+    score = pv.log_marginal(stored.program, data, batch_size=batch_size, **options)
     table = Table(title=f"{data.name}, {split}: {len(score.values):,} data")
     per_step = score.per_step
     for column in ("score", "nats per datum", "standard error", *(("nats per step", "its error") if per_step else ())):

@@ -15,7 +15,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae.data import BatchIterable, Columns
+from pyro_vae.data import BatchIterable, Columns, TensorData
 from pyro_vae.inputs import Inputs, batch_size_of, open_inputs
 from pyro_vae.numerics import forked_rng, mean_and_standard_error, ratio_and_standard_error, seeded
 from pyro_vae.objectives import SGVB, Objective
@@ -23,6 +23,8 @@ from pyro_vae.parallel import Ranks, is_sharded, ranks
 from pyro_vae.programs import HasModelAndGuide, Program, as_program, log_weights, minibatch_scale
 
 __all__ = ["BoundEstimate", "evaluate_bound", "evaluate_kl", "frozen"]
+
+_MAX_NUMBERS = 20_000_000  # of a batch's data, times particles: 80 MB in single precision
 
 Found: TypeAlias = tuple[Tensor, Tensor | None]  # values and steps of a batch, (M,) each
 
@@ -69,6 +71,7 @@ def evaluate_bound(
     batch_size: int = 500,
     num_data: int | None = None,
     predictive: bool = False,
+    trim_padding: bool = False,
     seed: int = 0,
 ) -> BoundEstimate:
     """The mean of an objective's bound over data, in nats per datum.
@@ -80,10 +83,11 @@ def evaluate_bound(
         data: as for :func:`pyro_vae.fit`; of a data set the test split is taken.
         objective: one of this package's (None: ``SGVB()``), or any ELBO of Pyro's. Pyro's give one number a batch, so
             the standard error is then that of the mean over batches.
-        batch_size: data at a time; it does not change the expected value.
+        batch_size: data at a time, at most; fewer are taken of large ones. It does not change the expected value.
         num_data: take only the first so many (of an iterable of batches, all are taken).
         predictive: leave out the terms of global latents, for data that were not trained on: a bound on the log density
             that the posterior of the global latents predicts. (Of Pyro's ELBOs they cannot be left out.)
+        trim_padding: leave out steps that are padding in all sequences of a batch, as in :func:`pyro_vae.fit`.
         seed: of the noise and of the binarisation, which depends on nothing else.
 
     Returns:
@@ -101,13 +105,14 @@ def evaluate_bound(
     """
     program, objective = as_program(program), SGVB() if objective is None else objective
     inputs = data if isinstance(data, Inputs) else open_inputs(program, data, split="test", batch_size=batch_size)
+    inputs = inputs.trimming(program) if trim_padding else inputs
     per_datum, team = isinstance(objective, Objective), ranks()
     predictive = predictive and bool(inputs.check.global_sites)
     with _unannealed(objective):
         if isinstance(inputs.data, BatchIterable):
             found = _values_of_batches(program, objective, inputs, inputs.data, predictive, seed, team)
         else:
-            size = batch_size if per_datum else min(batch_size, 100)
+            size = min(batch_size if per_datum else min(batch_size, 100), _rows_at_once(inputs.data, objective))
             if inputs.check.global_sites and inputs.check.full_size == inputs.check.batch_size:
                 size = max(size, len(inputs.data))  # a plate that does not state N: global terms count once, for all
             rows = inputs.data.drawn_once(seed, num_data)
@@ -117,6 +122,11 @@ def evaluate_bound(
     if team.size > 1:
         found = [pair for part in team.gather([_on_cpu(pair) for pair in found]) for pair in part]
     return _estimate([values for values, _ in found], [steps for _, steps in found if steps is not None], per_datum)
+
+
+def _rows_at_once(data: TensorData, objective: Any) -> int:
+    numbers = max(column[:1].numel() for column in data.columns.values()) * getattr(objective, "num_particles", 1)
+    return max(1, _MAX_NUMBERS // max(1, numbers))
 
 
 def evaluate_kl(

@@ -74,6 +74,7 @@ def log_marginal(
     binarize: str | None = None,
     seed: int = 0,
     compile: bool = True,
+    trim_padding: bool = False,
     **options: Any,
 ) -> Score:
     """Estimate log p(x) of each datum, in nats, or log p(X) of a whole data set whose data share latents.
@@ -101,6 +102,7 @@ def log_marginal(
         seed: of the noise and of the binarisation; torch's own generators are left as they were.
         compile: where there is work for some seconds, record what is computed for one minibatch after the other as a
             graph, and where there is work for half a minute, compile it; the numbers are the same but for rounding.
+        trim_padding: leave out steps that are padding in all sequences of a batch, as in :func:`pyro_vae.fit`.
         **options: of the method: ``defensive`` of "importance", and of a data set ``num_local``, draws of each datum's
             own latents for each draw of those that are shared; ``num_steps``, ``num_leapfrog``, ``initial``,
             ``target_accept``, ``num_pilot`` of "ais"; ``num_chains``, ``num_warmup``, ``num_leapfrog``,
@@ -132,6 +134,7 @@ def log_marginal(
     max_elements = whole_number("max_elements", max_elements)
     bridged = as_program(program)
     inputs = open_inputs(bridged, x, binarize=binarize, split="test", batch_size=batch_size)
+    inputs = inputs.trimming(bridged) if trim_padding else inputs
     data = inputs.tensors().drawn_once(seed)
     rows_at_once = max(1, max_elements // _elements_per_row(bridged, data, inputs, batch_size))
     if of == "dataset":

@@ -863,6 +863,40 @@ def test_padding_that_is_left_out_changes_no_number(missing):
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("method", ["importance", "smc"])
+def test_scores_without_the_padding_are_the_scores(method):
+    made, data = exact_chain().double(), chains()
+    steps = []
+
+    def noting(x, lengths):
+        steps.append(x.shape[1])
+        made.model(x, lengths)
+
+    program = pv.Program(noting, made.guide)
+    options = {"threshold": 0.0} if method == "smc" else {}
+    settings = {"method": method, "num_particles": 3, "batch_size": 4, "compile": False, "trim_padding": True}
+    score = pv.log_marginal(program, data, **settings, **options)
+    truth = made.log_marginal(*data)
+    torch.testing.assert_close(score.values, truth, rtol=0, atol=1e-9)
+    assert {*steps} >= {5, 20}
+    bound = pv.evaluate_bound(program, data, pv.SGVB(estimator="A"), batch_size=4, trim_padding=True)
+    assert bound.mean == pytest.approx(truth.mean().item(), abs=1e-9)
+
+
+def test_large_data_are_evaluated_in_small_batches(monkeypatch):
+    monkeypatch.setattr("pyro_vae.evaluation.bounds._MAX_NUMBERS", 500)
+    made, (x, lengths) = exact_chain().double(), chains()
+    rows = []
+
+    def noting(x, lengths):
+        rows.append(len(x))
+        made.model(x, lengths)
+
+    bound = pv.evaluate_bound(pv.Program(noting, made.guide), (x, lengths), pv.SGVB(num_particles=2, estimator="A"))
+    assert max(rows[-4:]) == 500 // (40 * 2)
+    assert bound.mean == pytest.approx(made.log_marginal(x, lengths).mean().item(), abs=1e-9)
+
+
 def test_batches_of_trimmed_sequences_are_as_long_as_they_must_be():
     steps, made = [], exact_chain()
     model = made.model
