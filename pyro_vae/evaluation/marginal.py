@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pyro_vae.arguments import one_of, whole_number
 from pyro_vae.compile import Recorder
 from pyro_vae.data import TensorData
+from pyro_vae.data.batches import observed_name
 from pyro_vae.evaluation.ais import AIS
 from pyro_vae.evaluation.bounds import frozen
 from pyro_vae.evaluation.dataset import anneal_dataset, weigh_dataset
@@ -135,6 +136,8 @@ def log_marginal(
     bridged = as_program(program)
     inputs = open_inputs(bridged, x, binarize=binarize, split="test", batch_size=batch_size)
     inputs = inputs.trimming(bridged) if trim_padding else inputs
+    if method == "posterior-density":
+        _require_no_padding(inputs)
     data = inputs.tensors().drawn_once(seed)
     rows_at_once = max(1, max_elements // _elements_per_row(bridged, data, inputs, batch_size))
     if of == "dataset":
@@ -177,6 +180,17 @@ def _score(
 def _num_steps(inputs: Inputs, data: TensorData) -> Tensor | None:
     """Steps of each sequence of the data, (N,); None of data that are no sequences."""
     return inputs.num_steps(data.columns)
+
+
+def _require_no_padding(inputs: Inputs) -> None:
+    """Latents of padded steps follow their prior, and would count among those whose posterior is estimated."""
+    columns = inputs.tensors().columns
+    steps = inputs.num_steps(columns)
+    if steps is not None and bool((steps < columns[observed_name(columns)].shape[1]).any()):
+        raise ValueError(
+            'method="posterior-density": expected sequences of one length, got padded ones; score those of each length '
+            'by themselves, or by method="smc"'
+        )
 
 
 def _require_for_dataset(estimator: Method, inputs: Inputs) -> None:

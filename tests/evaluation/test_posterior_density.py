@@ -320,3 +320,12 @@ def test_a_fitted_gaussian_is_as_narrow_as_each_dimension():
     draws = scales * torch.randn(4000, 1, 2)
     exact = torch.distributions.Normal(0.0, scales).log_prob(draws).sum(-1)
     assert (fit_gaussian(draws)(draws) - exact).abs().median() < 0.1
+
+
+def test_padded_sequences_are_refused():
+    made, x = pv.LinearGaussianSSM(torch.tensor([[0.5]]), torch.ones(1, 1)), torch.randn(3, 3, 1)
+    with pytest.raises(ValueError, match="expected sequences of one length, got padded ones"):
+        pv.log_marginal(made, (x, torch.tensor([3, 2, 3])), method="posterior-density", **SHORT)
+    whole = (x, torch.full((3,), 3))
+    found = pv.log_marginal(made, whole, method="posterior-density", num_particles=400, num_chains=4).values
+    close(found, made.log_marginal(*whole), atol=0.2)
