@@ -7,7 +7,7 @@ trained by estimator B, whose KL divergences are in closed form step by step, wi
 Adam with clipped gradients and decaying weights, and kept where the bound of the validation sequences was best. Then
 the test sequences are scored: the bound, importance sampling with K draws from the guide, and a particle filter with
 the guide as proposal; in nats per time step, that is summed over all sequences and divided by the number of all steps.
-A run that was stopped goes on where it was.
+A run that was stopped goes on where it was; --start begins another one, with other settings, where one has ended.
 """
 
 import argparse
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--max-grad-norm", type=float, default=200.0, help="clip the gradient to this")
     parser.add_argument("--warmup", type=int, default=100, help="epochs until the KL term has its full weight")
     parser.add_argument("--num-particles", type=int, default=500, help="K of the scorers")
+    parser.add_argument("--start", type=Path, help="a run of the same model, with whose weights to begin")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a small model, two epochs")
     args = parser.parse_args()
@@ -60,6 +61,8 @@ def main() -> None:
     data = pv.load_dataset(args.dataset)
     torch.manual_seed(args.seed)
     dmm = pv.DeepMarkovModel(data.train.shape[-1], guide=args.guide, cell=args.cell, **sizes)
+    if args.start is not None:
+        pv.load_run(args.start, dmm)
     run = pv.fit(
         dmm,
         data,
@@ -71,7 +74,7 @@ def main() -> None:
         ema_decay=args.ema,
         batch_size=args.batch_size,
         epochs=args.epochs,
-        kl_warmup=args.warmup * len(data.train),
+        kl_warmup=args.warmup * len(data.train) or None,
         max_grad_norm=args.max_grad_norm,
         trim_padding=True,
         evaluate_every=10 * len(data.train),
