@@ -38,7 +38,7 @@ def build(args: argparse.Namespace, mean: torch.Tensor) -> Any:
     if args.layers == 1:
         model: Any = pv.VAE(shape, 50, (200, 200), prior=args.prior, posterior=args.posterior)
     else:
-        model = pv.HierarchicalVAE(shape, (100, 50), ((200, 200), (100, 100)), guide=args.guide)
+        model = pv.HierarchicalVAE(shape, (100, 50), ((200, 200), (100, 100)), guide=args.guide, prior=args.prior)
     last = [layer for layer in model.decoder.modules() if isinstance(layer, torch.nn.Linear)][-1]
     with torch.no_grad():
         last.bias.copy_(mean.clamp(1e-3, 1 - 1e-3).logit().flatten())
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("-k", type=int, default=5, help="draws for each image in training")
     parser.add_argument("--stages", type=int, default=NUM_STAGES, help="of the schedule, the first so many of 8")
     parser.add_argument("--beta1", type=float, default=0.9, help="of Adam: 0.9 in the paper, 0.99 in its code")
-    parser.add_argument("--prior", default="standard", help="one layer: standard, vamp, mixture or flow")
+    parser.add_argument("--prior", default="standard", help="standard, mixture, flow or vamp (two layers: top-down)")
     parser.add_argument("--posterior", default="diagonal", help="one layer: diagonal, full, iaf or spline")
     parser.add_argument("--guide", default="bottom-up", help="two layers: bottom-up or top-down, the ladder's")
     parser.add_argument("--kl-warmup", type=int, help="images until the KL term has its full weight, of a vae")

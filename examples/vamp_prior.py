@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.models.priors import MixtureOfGaussians, Prior, VampPrior
+from pyro_vae.models.priors import VampPrior, as_prior
 
 
 class Gated(nn.Module):
@@ -35,19 +35,6 @@ class Gated(nn.Module):
 def gated(in_dim: int, hidden: int, out_dim: int) -> nn.Module:
     """A network of two gated layers, linear at its end."""
     return nn.Sequential(Gated(in_dim, hidden), Gated(hidden, hidden), nn.Linear(hidden, out_dim))
-
-
-def prior_of(args: argparse.Namespace, data: pv.Dataset) -> str | Prior:
-    """The prior, of as many components as are asked for."""
-    if args.prior == "mixture":
-        return MixtureOfGaussians(args.latent_dim, args.num_components)
-    if args.prior != "vamp":
-        return str(args.prior)
-    begin = None
-    if args.beginning == "data":
-        images = data.train[torch.randperm(len(data.train))[: args.num_components]].float()
-        begin = images / images.max()
-    return VampPrior(args.latent_dim, data.train.shape[1:], args.num_components, begin)
 
 
 def main() -> None:
@@ -76,7 +63,11 @@ def main() -> None:
     torch.manual_seed(args.seed)
     encoder = nn.Sequential(nn.Flatten(), gated(num_pixels, args.hidden, 2 * args.latent_dim))
     decoder = gated(args.latent_dim, args.hidden, num_pixels)
-    vae = pv.VAE(shape, args.latent_dim, network=(encoder, decoder), prior=prior_of(args, data))
+    name = f"{args.prior}:{args.num_components}" if args.prior in ("mixture", "vamp") else args.prior
+    prior = as_prior(name, args.latent_dim, shape)
+    if isinstance(prior, VampPrior) and args.beginning == "data":
+        prior.begin_at(data.train)
+    vae = pv.VAE(shape, args.latent_dim, network=(encoder, decoder), prior=prior)
     run = pv.fit(
         vae,
         data,

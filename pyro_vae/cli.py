@@ -174,10 +174,11 @@ _OBJECTIVE_OPTIONS = (
     "threshold",
     "resampling",
 )
-_NETWORK_OPTIONS = ("hidden_dims", "likelihood", "activation", "network", "channels")
+_PRIOR_OPTIONS = {"num_components": ("mixture", "vamp"), "pseudo_inputs": ("vamp",)}  # and of which priors they are
+_NETWORK_OPTIONS = ("hidden_dims", "likelihood", "activation", "network", "channels", "prior", *_PRIOR_OPTIONS)
 _WEIGHTS_OPTIONS = ("bayesian", "local_reparameterization", "learn_prior")
 _MODEL_OPTIONS = {
-    "vae": (*_NETWORK_OPTIONS, "latent_dim", "init", "prior", "posterior", *_WEIGHTS_OPTIONS),
+    "vae": (*_NETWORK_OPTIONS, "latent_dim", "init", "posterior", *_WEIGHTS_OPTIONS),
     "hierarchical": (*_NETWORK_OPTIONS, "latent_dims", "guide"),
     "deep-markov": (
         *("latent_dim", "transition_dim", "emission_dim", "rnn_dim", "guide", "emission", "cell", "num_flows"),
@@ -188,6 +189,9 @@ _LIKELIHOOD_HELP = (
     "bernoulli (binary data), gaussian, gaussian-shared, continuous-bernoulli, beta (data from 0 to 1),"
     + (" discretized-logistic (8-bit images) or negative-binomial (counts).")
 )
+_PRIOR_NAME_HELP = "p(z), of hierarchical p(z_L): standard, mixture, vamp or flow."
+_COMPONENTS_HELP = "--prior mixture, vamp: how many components; by default 100, of vamp 500."
+_PSEUDO_INPUTS_HELP = "--prior vamp: begin at random ones (the default) or at data of the training split."
 _POSTERIOR_HELP = "diagonal, full, iaf or spline; laplace, logistic, student-t, cauchy, gumbel, exponential," + (
     " log-normal, gamma, beta, kumaraswamy or dirichlet."
 )
@@ -277,7 +281,9 @@ def train(
     init: Init = "default",
     network: Annotated[str, _model(help="mlp; of images conv or resnet.")] = "mlp",
     channels: Annotated[list[str], _model(help=_CHANNELS_HELP)] = ["32,64"],  # noqa: B006
-    prior: Annotated[str, _model(help="p(z): standard, mixture, vamp or flow.")] = "standard",
+    prior: Annotated[str, _model(help=_PRIOR_NAME_HELP)] = "standard",
+    num_components: Annotated[int | None, _model(help=_COMPONENTS_HELP, min=1)] = None,
+    pseudo_inputs: Annotated[str | None, _model(help=_PSEUDO_INPUTS_HELP)] = None,
     posterior: Annotated[str, _model(help=_POSTERIOR_HELP)] = "diagonal",
     latent_dims: Annotated[list[str], _model(help=_LAYERS_HELP)] = ["100,50"],  # noqa: B006
     bayesian: Annotated[str, _model(help=_BAYESIAN_HELP)] = "none",
@@ -354,6 +360,8 @@ def train(
     else:
         _require_no_sequences(data, "model" in given)
         made = _vae(data, options, weights) if model == "vae" else _hierarchical(data, options)
+        if options["pseudo_inputs"] == "data":
+            made.prior.begin_at(data.train)
     directory = run_dir or Path("runs", f"{data.name}-{ranks().from_first(lambda: time.strftime('%Y%m%d-%H%M%S'))}")
     _say(f"training {_described(made)} on {data.name} ({data.train.shape[0]:,} training {_units(data)}) in {directory}")
     budget = 1_000_000 if num_samples is None and epochs is None else num_samples
@@ -410,7 +418,7 @@ def _vae(data: Dataset, options: Mapping[str, Any], weights: Mapping[str, Any]) 
     import pyro_vae as pv
 
     latent_dim = 20 if options["latent_dim"] is None else options["latent_dim"]
-    own = {name: options[name] for name in ("init", "prior", "posterior")}
+    own = {name: options[name] for name in ("init", "posterior")}
     return pv.VAE(latent_dim=latent_dim, **_network(data, options), **own, **weights)
 
 
@@ -422,10 +430,20 @@ def _hierarchical(data: Dataset, options: Mapping[str, Any]) -> Any:
 
 
 def _network(data: Dataset, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What networks are made with, of data that are no sequences."""
+    """What networks and prior are made with, of data that are no sequences."""
     sizes = {name: _whole_numbers(options[name]) for name in ("hidden_dims", "channels")}
     named = {name: options[name] for name in ("likelihood", "activation", "network")}
-    return {"data_shape": tuple(data.train.shape[1:]), **sizes, **named}
+    return {"data_shape": tuple(data.train.shape[1:]), **sizes, **named, "prior": _prior(options)}
+
+
+def _prior(options: Mapping[str, Any]) -> str:
+    """The prior's name, with the number of components that was given; an option of another prior is an error."""
+    prior, count = options["prior"], options["num_components"]
+    for name, priors in _PRIOR_OPTIONS.items():
+        if options[name] is not None and prior.partition(":")[0] not in priors:
+            raise ValueError(f"--{name.replace('_', '-')} is for --prior {' or '.join(priors)}, got --prior {prior}")
+    one_of("--pseudo-inputs", options["pseudo_inputs"] or "random", ("random", "data"))
+    return prior if count is None else f"{prior}:{count}"
 
 
 def _deep_markov(data: Dataset, options: Mapping[str, Any]) -> Any:

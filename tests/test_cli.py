@@ -133,6 +133,58 @@ def test_parts_and_layers_from_training_to_pictures():
     )
 
 
+LADDER = ("--model", "hierarchical", "--guide", "top-down", "--latent-dims", "4,2", "--hidden-dims", "8")
+
+
+@pytest.mark.parametrize("model", [LADDER, ("--latent-dim", 2, "--hidden-dims", "8")])
+def test_a_prior_of_pseudo_inputs_that_begin_at_data(model):
+    vamp = ("--prior", "vamp", "--num-components", 30, "--pseudo-inputs", "data")
+    hardly = ("--optimizer", "sgd", "--learning-rate", 1e-9, "--epochs", 1)
+    assert run("train", *model, *vamp, *hardly, "--run-dir", "r").exit_code == 0
+    prior, train = pv.load_run("r").program.prior, pv.load_dataset("digits").train / 255
+    u = prior.pseudo_inputs.detach()
+    nearest = (u[:, None] - train).abs().flatten(2).amax(-1).min(1)
+    assert (nearest.values < 0.0101).all()
+    assert len(nearest.indices.unique()) == 30
+    result = run("train", "--resume", "r", "--epochs", 2)
+    assert result.exit_code == 0, result.output
+    torch.testing.assert_close(pv.load_run("r").program.prior.pseudo_inputs, u, atol=1e-3, rtol=0)
+    assert pv.load_run("r").config["program"]["config"]["prior"] == "vamp:30"
+    for command in (["evaluate", "r", "--num-particles", 5, "--num-data", 5], ["plot", "r"], ["sample", "r"]):
+        result = run(*command)
+        assert result.exit_code == 0, result.output
+
+
+def test_a_prior_of_a_number_of_components(tmp_path):
+    (tmp_path / "c.toml").write_text('prior = "mixture"\nnum-components = 3\n')
+    assert run("train", *LADDER, "--config", "c.toml", "--epochs", 1, "--run-dir", "m").exit_code == 0
+    assert pv.load_run("m").program.prior.loc.shape == (3, 2)
+    random = ("--prior", "vamp", "--num-components", 4, "--pseudo-inputs", "random", "--epochs", 1)
+    assert run("train", *LADDER, *random, "--run-dir", "v").exit_code == 0
+    assert (pv.load_run("v").program.prior.pseudo_inputs - 0.5).abs().max() < 0.25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-components", "3"], "--num-components is for --prior mixture or vamp, got --prior standard"),
+        (
+            ["--prior", "flow", "--num-components", "3"],
+            "--num-components is for --prior mixture or vamp, got --prior flow",
+        ),
+        (["--prior", "mixture", "--pseudo-inputs", "data"], "--pseudo-inputs is for --prior vamp, got --prior mixture"),
+        (["--prior", "vamp", "--pseudo-inputs", "dat"], "--pseudo-inputs: expected one of random, data, got 'dat'"),
+        (["--prior", "vamp", "--num-components", "0"], "--num-components"),
+        (["--prior", "vamp", "--num-components", "2000", "--pseudo-inputs", "data"], "data: expected at least 2000"),
+        (["--prior", "vamp", "--model", "hierarchical"], 'prior: expected guide="top-down" or one layer with a vamp'),
+        (["--model", "deep-markov", "--pseudo-inputs", "data"], "--pseudo-inputs is for --model vae or hierarchical"),
+    ],
+)
+def test_bad_options_of_priors(tmp_path, arguments, message):
+    assert message in refused("train", "--epochs", 1, *arguments, "--run-dir", "r")
+    assert not (tmp_path / "r").exists()
+
+
 def test_bayesian_weights_from_training_to_pictures(tmp_path):
     shared = ["--bayesian", "decoder", "--local-reparameterization", "--learn-prior", "--prior-scale", "0.5"]
     result = run("train", *SMALL, *shared, "--estimator", "B", "--run-dir", "r")

@@ -1,5 +1,6 @@
 """The hierarchical VAE against dense Gaussians where it is linear, and against formulas written out where it is not."""
 
+import copy
 import itertools
 import json
 import math
@@ -9,13 +10,16 @@ from typing import NamedTuple
 import pyro.distributions as dist
 import pytest
 import torch
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal
 from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae import programs
-from pyro_vae.models import hierarchical
+from pyro_vae.models import hierarchical, priors
 from pyro_vae.models.hierarchical import HierarchicalVAE, precision_weighted
 from pyro_vae.models.likelihoods import LIKELIHOODS, Likelihood
+from pyro_vae.models.priors import PRIORS, FlowPrior, Prior, VampPrior
 from pyro_vae.training import compiled
 from tests.oracles import Gaussian, elbo
 from tests.statistics import assert_mean_close
@@ -85,13 +89,13 @@ class Linear:
     from x again (top-down) to the others.
     """
 
-    def __init__(self, num_layers, guide, diagonal=False):
+    def __init__(self, num_layers, guide, diagonal=False, prior="standard"):
         dims = (D,) * (num_layers + 1) if diagonal else (D, 2, 4, 2)[: num_layers + 1]
         self.kind, self.dims = guide, dims
         maps = [random_map(low, high, diagonal) for low, high in itertools.pairwise(dims)]
         sources = dims if guide == "bottom-up" else (D,) * num_layers
         guide_maps = [random_map(high, low) for high, low in zip(dims[1:], sources, strict=False)]
-        self.model = HierarchicalVAE((D,), dims[1:], (), guide, FixedScale(maps[0].scale))
+        self.model = HierarchicalVAE((D,), dims[1:], (), guide, FixedScale(maps[0].scale), prior=prior)
         put(self.model.decoder[0], maps[0].weight, maps[0].bias)
         for network, wanted in zip(self.model.down, maps[1:], strict=True):
             put_moments(network, wanted)
@@ -112,11 +116,29 @@ class Linear:
         return [map_of(network) for network in self.model.moments]
 
     @property
+    def top(self):
+        """Mean and covariance of each component of p(z_L)."""
+        if not isinstance(self.model.prior, VampPrior):
+            return [(torch.zeros(self.dims[-1]), torch.eye(self.dims[-1]))]
+        last = self.guide_maps[-1]
+        return [(u @ last.weight.T + last.bias, last.cov) for u in self.model.prior.pseudo_inputs]
+
+    @property
+    def joints(self):
+        """Of (z_L, ..., z_1, x), for each component of p(z_L)."""
+        links = [(m.weight, m.bias, m.cov) for m in reversed(self.maps)]
+        return [markov([(None, *component), *links]) for component in self.top]
+
+    @property
     def joint(self):
-        """Of (z_L, ..., z_1, x)."""
-        top = self.dims[-1]
-        links = [(None, torch.zeros(top), torch.eye(top))]
-        return markov(links + [(m.weight, m.bias, m.cov) for m in reversed(self.maps)])
+        """That of the only one."""
+        (joint,) = self.joints
+        return joint
+
+    def evidence(self, x):
+        """Log p(x), (M,)."""
+        terms = torch.stack([joint.last(D).log_prob(x) for joint in self.joints])
+        return terms.logsumexp(0) - math.log(len(terms))
 
     def posterior(self, x):
         """q(z | x), in the guide's order."""
@@ -388,10 +410,11 @@ def test_the_mean_of_the_weights_is_the_evidence(num_layers, guide):
 # Gradients, through what model and guide share too --------------------------------------------------------------------
 
 
-def check_gradients(objective, guide, repetitions=40, copies=2000):
-    toy, x = near_exact(2, guide), data(2)
+def check_gradients(objective, toy, repetitions=40, copies=2000):
+    x = data(2)
     networks = [toy.model.decoder[0], *(network.layers[-1] for network in (*toy.model.down, *toy.model.moments))]
     parameters = [parameter for network in networks for parameter in (network.weight, network.bias)]
+    parameters += toy.model.prior.parameters()
 
     def of_scales_that_are_constant(gradients):
         """Without those of the weights that lead to log variances: the dense Gaussians have none."""
@@ -409,7 +432,7 @@ def check_gradients(objective, guide, repetitions=40, copies=2000):
 @each_guide
 @pytest.mark.parametrize("objective", [pv.SGVB(), pv.SGVB(1, "B"), pv.DReG(1)], ids=repr)
 def test_gradients_are_those_of_the_exact_bound(untold, guide, objective):
-    check_gradients(objective, guide)
+    check_gradients(objective, near_exact(2, guide))
 
 
 def test_a_guide_without_gradients_to_what_it_shares_is_noticed(monkeypatch):
@@ -418,7 +441,7 @@ def test_a_guide_without_gradients_to_what_it_shares_is_noticed(monkeypatch):
 
     monkeypatch.setattr(hierarchical, "precision_weighted", held)
     with pytest.raises(AssertionError, match="mean"):
-        check_gradients(pv.SGVB(), "top-down")
+        check_gradients(pv.SGVB(), near_exact(2, "top-down"))
 
 
 @each_guide
@@ -602,6 +625,210 @@ def test_scores_are_the_evidence(guide, method, options):
     assert score.mean == pytest.approx(truth, abs=5 * score.mc_error)
 
 
+# Priors of the top layer ----------------------------------------------------------------------------------------------
+
+ENCODES_TOP = [(1, "bottom-up"), (1, "top-down"), (2, "top-down"), (3, "top-down")]
+each_that_encodes_top = pytest.mark.parametrize(("num_layers", "guide"), ENCODES_TOP)
+
+
+def with_vamp(num_components, num_layers=2, guide="top-down"):
+    """A linear hierarchy with a VampPrior, whose guide is wide enough for weights of little variance."""
+    prior = VampPrior(D, (D,), num_components, 0.7 * torch.randn(num_components, D), data_range=None)
+    toy = Linear(num_layers, guide, diagonal=True, prior=prior)
+    toy.model.load_state_dict(near_exact(num_layers, guide).model.state_dict(), strict=False)
+    return toy
+
+
+@torch.no_grad()
+def check_vamp_density(toy):
+    """arXiv:1705.07120, eq. (9), of what the guide draws first, given a pseudo-input in the place of a datum."""
+    top, x = f"z_{len(toy.dims) - 1}", data()
+    weights = pv.log_weights(toy.model.model, toy.model.guide, (x,), num_particles=5)
+    parts = [multivariate_normal(mean, cov).logpdf(weights.latents[top]) for mean, cov in toy.top]
+    assert weights.log_prior[top].shape == (5, M)
+    close(weights.log_prior[top], logsumexp(parts, 0) - math.log(len(parts)))
+
+
+@torch.no_grad()
+def check_mean_of_weights(toy):
+    x = data(2)
+    weights = pv.log_weights(toy.model.model, toy.model.guide, (x,), num_particles=20_000)
+    assert weights.log_w.std(0).min() > 0.1
+    assert_mean_close((weights.log_w - toy.evidence(x)).exp(), 1.0, min_effect=0.3)
+
+
+@each_that_encodes_top
+@pytest.mark.parametrize("num_components", [1, 3])
+def test_the_vamp_prior_is_the_mean_of_the_guides_laws_of_the_top(num_layers, guide, num_components):
+    check_vamp_density(with_vamp(num_components, num_layers, guide))
+
+
+@each_that_encodes_top
+@pytest.mark.parametrize("num_components", [1, 3])
+def test_with_a_vamp_prior_the_mean_of_the_weights_is_the_evidence(num_layers, guide, num_components):
+    check_mean_of_weights(with_vamp(num_components, num_layers, guide))
+
+
+class Summed(priors._Mixture):
+    """The bug: a sum of the posteriors, and no mean."""
+
+    def log_prob(self, value):
+        return super().log_prob(value) + math.log(self._num_component)
+
+
+@pytest.mark.parametrize("check", [check_vamp_density, check_mean_of_weights])
+def test_a_vamp_prior_that_has_no_total_of_one_is_noticed(monkeypatch, check):
+    monkeypatch.setattr(priors, "_Mixture", Summed)
+    check(with_vamp(1))  # of one component it is the same
+    with pytest.raises(AssertionError):
+        check(with_vamp(3))
+
+
+def test_with_a_vamp_prior_scores_by_chains_from_the_prior_are_the_evidence():
+    toy, x = with_vamp(3), data(10)
+    score = pv.log_marginal(toy.model, x, method="ais", initial="prior", num_particles=30, num_steps=20)
+    assert score.mc_error < 0.1
+    assert score.mean == pytest.approx(toy.evidence(x).mean().item(), abs=5 * score.mc_error)
+
+
+def test_with_a_vamp_prior_draws_have_the_law_of_the_dense_gaussians():
+    toy = with_vamp(3)
+    x, laws = toy.model.sample(40_000), [joint.last(D) for joint in toy.joints]
+    mean = torch.stack([law.mean for law in laws]).mean(0)
+    assert_mean_close(x, mean, min_effect=0.3)
+    square = torch.stack([law.cov + law.mean[:, None] * law.mean for law in laws]).mean(0)
+    assert_mean_close(x[:, :, None] * x[:, None], square, min_effect=1.5)
+
+
+@each_that_encodes_top
+def test_estimator_b_samples_the_divergence_of_another_prior_alone(num_layers, guide):
+    toy, x = with_vamp(2, num_layers, guide), data()
+    weights = pv.log_weights(toy.model.model, toy.model.guide, (x,), analytic_kl=True)
+    assert weights.analytic_kl.keys() == {f"z_{number}" for number in range(1, num_layers)}
+    with pytest.warns(UserWarning, match=rf"no analytic KL at sites \['z_{num_layers}'\]"):
+        pv.SGVB(estimator="B").bound(toy.model.model, toy.model.guide, x)
+
+
+@pytest.mark.parametrize("estimator", ["A", "B"])
+def test_with_a_vamp_prior_both_estimators_are_unbiased_for_the_bound(untold, estimator):
+    toy, x = with_vamp(1), data(2)
+    truth = exact_bound(toy, x)
+    assert (truth < toy.evidence(x) - 0.05).all()
+    assert_mean_close(repeated(pv.SGVB(4, estimator), toy, x), truth, min_effect=0.1)
+
+
+@pytest.mark.parametrize("objective", [pv.SGVB(), pv.SGVB(1, "B"), pv.DReG(1)], ids=repr)
+def test_gradients_to_pseudo_inputs_and_encoder_are_those_of_the_exact_bound(untold, objective):
+    check_gradients(objective, with_vamp(1))
+
+
+def test_a_vamp_prior_without_gradients_to_the_encoder_is_noticed(monkeypatch):
+    monkeypatch.setattr(HierarchicalVAE, "_prior", lambda self: self.prior(copy.deepcopy(self).encode))
+    with pytest.raises(AssertionError, match="mean"):
+        check_gradients(pv.SGVB(), with_vamp(1))
+
+
+TOPS = ["mixture:3", "vamp:4", "flow"]
+
+
+@pytest.mark.parametrize("prior", TOPS)
+def test_gradients_reach_every_parameter_of_a_prior(prior):
+    model, x = small(2, "top-down", prior=prior), binary()
+    pv.IWAE(3).differentiable_loss(model.model, model.guide, x).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+
+
+@pytest.mark.parametrize("prior", TOPS)
+@each_guide
+def test_the_density_of_the_top_is_that_of_the_prior_whatever_it_is(prior, guide):
+    num_layers = 1 if (prior, guide) == ("vamp:4", "bottom-up") else 3
+    model, x = small(num_layers, guide, prior=prior), binary()
+    together = pv.log_weights(model.model, model.guide, (x,), num_particles=6)
+    z = together.latents[f"z_{num_layers}"]
+    found = together.log_prior[f"z_{num_layers}"]
+    close(found, model.prior(model.encode).log_prob(z))
+    alone = pv.Program(model.model, model.guide, vectorize=False)
+    again = pv.log_weights(alone.model, alone.guide, (x,), num_particles=6, latents=together.latents)
+    close(again.log_w, together.log_w)
+    assert model.sample(7).shape == model.sample(7, mean=True).shape == (7, *SHAPE)
+
+
+@pytest.mark.parametrize("prior", TOPS)
+def test_every_prior_is_trained_scored_drawn_and_stored(soon, prior, tmp_path):
+    torch.set_default_dtype(torch.float32)
+    model, x = small(2, "top-down", prior=prior), binary(12).float()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    run = pv.fit(model, x, optimizer="adam", epochs=3, batch_size=4, run_dir=tmp_path / "r", progress=False)
+    assert run.path == "captured"
+    for old, (name, new) in zip(before, model.named_parameters(), strict=True):
+        assert not torch.equal(old, new), f"{name} was not trained"
+    assert math.isfinite(pv.log_marginal(model, x, num_particles=3).mean)
+    stored = pv.load_run(tmp_path / "r").program
+    assert stored.config["prior"] == model.config["prior"] == stored.prior.name == prior
+    assert_same(model.state_dict(), stored.state_dict())
+
+
+def test_recorded_steps_with_a_vamp_prior_are_the_eager_ones(soon, untold):
+    torch.set_default_dtype(torch.float32)
+    found = []
+    for compile in (True, False):
+        torch.manual_seed(0)
+        model = small(2, "top-down", data_shape=(8, 8), prior="vamp:4")
+        run = trained(model, digits(100), objective=pv.SGVB(estimator="B"), compile=compile, epochs=4)
+        found.append(model.state_dict())
+        assert run.path == ("captured" if compile else "eager")
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("prior", [*PRIORS, *TOPS[:2]])
+def test_config_builds_the_same_prior(prior):
+    first = small(2, "top-down", prior=prior)
+    second = HierarchicalVAE(**json.loads(json.dumps(first.config)))
+    assert first.config["prior"] == second.config["prior"] == second.prior.name == prior
+    second.load_state_dict(first.state_dict())
+    z = torch.randn(5, 2)
+    close(*(model.prior(model.encode).log_prob(z) for model in (first, second)), atol=0)
+
+
+@each_guide
+def test_the_standard_prior_is_the_default_and_changes_nothing(guide):
+    """Runs that were stored before there were others, are read."""
+    model = small(2, guide)
+    assert not [name for name in model.state_dict() if name.startswith("prior")]
+    older = {name: value for name, value in model.config.items() if name != "prior"}
+    HierarchicalVAE(**older).load_state_dict(model.state_dict())
+    torch.manual_seed(3)
+    found = model.sample(5, mean=True)
+    torch.manual_seed(3)
+    close(found, model.decode(model.descend(torch.randn(5, 2))).mean, atol=0)
+
+
+def test_a_prior_of_ones_own():
+    model = small(2, "bottom-up", prior=FlowPrior(2, 1, (3,)))
+    assert model.config is None
+    assert pv.log_weights(model.model, model.guide, (binary(),)).log_w.isfinite().all()
+    with pytest.raises(ValueError, match="encode: expected the encoder"):  # where q(z_L | x) has no density
+        small(2, "bottom-up", prior=Wrapped(2))
+    vamp = Wrapped(2)
+    assert small(2, "top-down", prior=vamp).prior is vamp
+
+
+class Wrapped(Prior):
+    """A prior that makes use of the encoder, and is no VampPrior."""
+
+    def __init__(self, latent_dim):
+        super().__init__(latent_dim)
+        self.inner = VampPrior(latent_dim, SHAPE, 3)
+
+    def forward(self, encode=None):
+        return self.inner(encode)
+
+
+class Positive(Prior):
+    def forward(self, encode=None):
+        return dist.LogNormal(torch.zeros(self.latent_dim), 1.0).to_event(1)
+
+
 # Training -------------------------------------------------------------------------------------------------------------
 
 
@@ -707,6 +934,13 @@ def test_one_list_of_widths_is_for_every_layer():
         ({"activation": "sigmoid"}, "activation.*tanh"),
         ({"network": "cnn"}, "network: expected one of mlp, conv, resnet"),
         ({"channels": (0,)}, "channels: expected"),
+        ({"prior": "vamo"}, "prior: expected one of standard, mixture, vamp, flow, got 'vamo'"),
+        ({"prior": "flow:3"}, "prior: expected a number of components of a mixture or a vamp"),
+        ({"prior": VampPrior(3, SHAPE, 2), "guide": "top-down"}, "prior: expected one of 2 latent dimensions, got 3"),
+        ({"prior": Positive(2)}, "prior: expected one on the support of the posterior"),
+        ({"prior": "vamp"}, 'prior: expected guide="top-down" or one layer with a vamp, got guide="bottom-up"'),
+        ({"prior": "vamp:3"}, 'prior: expected guide="top-down" or one layer'),
+        ({"prior": VampPrior(2, SHAPE, 2)}, 'prior: expected guide="top-down" or one layer'),
     ],
 )
 def test_bad_arguments_are_refused(changes, said):

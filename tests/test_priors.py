@@ -4,14 +4,17 @@ import copy
 import json
 import math
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from scipy.sparse import coo_array, csc_matrix, csr_array
 from torch import nn
 from torch.distributions import biject_to, kl_divergence
 
 from pyro_vae.compile import capture, difference
 from pyro_vae.distributions import Flow
+from pyro_vae.inputs import open_inputs
 from pyro_vae.models.posteriors import POSTERIORS, as_posterior
 from pyro_vae.models.priors import (
     PRIORS,
@@ -23,7 +26,9 @@ from pyro_vae.models.priors import (
     as_prior,
     require_one_support,
 )
+from pyro_vae.models.vae import VAE
 from pyro_vae.numerics import seeded
+from pyro_vae.programs import as_program
 from tests.statistics import assert_mean_close
 
 DATA = (3,)
@@ -237,6 +242,131 @@ def test_random_pseudo_inputs_begin_close_to_the_middle():
     assert 0.05 < u.std() < 0.2
 
 
+# Pseudo-inputs that begin at data -------------------------------------------------------------------------------------
+
+STORED = {
+    "gaussian": torch.tensor([[0, 255, 7], [90, 0, 1], [9, 12, 200], [0, 0, 0], [30, 1, 255]], dtype=torch.uint8),
+    "bernoulli": torch.tensor([[0, 1, 1], [1, 0, 1], [1, 1, 0], [0, 0, 0], [0, 0, 1]], dtype=torch.uint8),
+    "negative-binomial": torch.tensor([[0, 1, 9], [1, 0, 1], [3, 1, 0], [0, 0, 0], [0, 250, 1]], dtype=torch.uint8),
+}
+
+
+def vae_of(likelihood, count):
+    return VAE(DATA, 2, (3,), likelihood, prior=f"vamp:{count}")
+
+
+def as_read(model, data):
+    """Data as training reads them."""
+    return next(iter(open_inputs(as_program(model), data).tensors().rows(slice(None)).values()))
+
+
+def sources(prior, x):
+    """The row of x (N, ...) that each pseudo-input began at."""
+    apart = (prior.pseudo_inputs[:, None] - x).abs().flatten(2).amax(-1)  # (K, N)
+    nearest = apart.min(1)
+    assert (nearest.values < 0.0101).all(), "some pseudo-inputs are no data"
+    return nearest.indices.tolist()
+
+
+def check_permutation(likelihood):
+    """With as many pseudo-inputs as data, each datum is there once, away from the ends."""
+    model = vae_of(likelihood, 5)
+    x, end = as_read(model, STORED[likelihood]), 0.99 if model.data_range == (0.0, 1.0) else None
+    for _ in range(5):
+        model.prior.begin_at(STORED[likelihood])
+        found = sources(model.prior, x)
+        assert sorted(found) == [0, 1, 2, 3, 4]
+        close(model.prior.pseudo_inputs, x[found].clamp(0.01, end))
+
+
+@pytest.mark.parametrize("likelihood", STORED)
+def test_pseudo_inputs_begin_at_data_as_they_are_read_in_training(likelihood):
+    check_permutation(likelihood)
+
+
+PLANTED = {
+    "with replacement": ("torch.randperm", lambda n: torch.arange(n) // 2),
+    "not drawn in": ("pyro_vae.models.priors._drawn_in", lambda data, data_range: data),
+    "no levels": ("pyro_vae.models.priors._rows", lambda data, index: data[index].float()),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTED)
+def test_pseudo_inputs_that_begin_elsewhere_are_noticed(monkeypatch, plant):
+    monkeypatch.setattr(*PLANTED[plant])
+    with pytest.raises((AssertionError, ValueError)):
+        check_permutation("gaussian")
+
+
+def test_which_data_is_chance_and_torchs_generator_decides():
+    data, counts = torch.rand(5, 3), torch.zeros(1500, 5)
+    prior = VampPrior(2, DATA, 2)
+    for drawn in counts:
+        prior.begin_at(data)
+        drawn[sources(prior, data)] = 1.0
+    assert (counts.sum(1) == 2).all()
+    assert_mean_close(counts, 2 / 5, min_effect=0.1)
+    begun = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        prior.begin_at(data)
+        begun.append(prior.pseudo_inputs.detach().clone())
+    close(*begun, atol=0)
+
+
+def test_levels_are_those_of_all_data_and_not_of_what_is_drawn():
+    prior = VampPrior(2, DATA, 1)
+    data = torch.ones(50, 3, dtype=torch.uint8)
+    data[-1] = 200
+    torch.manual_seed(0)
+    prior.begin_at(data)  # most likely at a row of ones
+    close(prior.pseudo_inputs, torch.full((1, 3), 0.01), atol=1e-12)  # 1 / 255, drawn in
+    close(VampPrior(2, DATA, 1, torch.full((1, 3), 1 / 255)).pseudo_inputs, prior.pseudo_inputs)
+
+
+FORMS = {
+    "flat": lambda x: x.flatten(1),
+    "array": lambda x: x.numpy(),
+    "integers": lambda x: x.int(),
+    "sparse array": lambda x: csr_array(x.flatten(1).numpy()),
+    "sparse columns": lambda x: csc_matrix(x.flatten(1).numpy()),
+    "sparse coordinates": lambda x: coo_array(x.flatten(1).numpy()),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_data_may_be_flat_or_sparse(form, dtype):
+    x = torch.randint(0, 9, (6, 2, 3)).to(dtype)
+    prior = VampPrior(2, (2, 3), 6, data_range=(0.0, math.inf))
+    prior.begin_at(FORMS[form](x))
+    assert sorted(sources(prior, x)) == list(range(6))
+
+
+def test_arrays_may_be_mapped_from_files(tmp_path):
+    np.save(tmp_path / "x.npy", STORED["gaussian"].numpy())
+    prior = VampPrior(2, DATA, 5)
+    prior.begin_at(np.load(tmp_path / "x.npy", mmap_mode="r"))
+    assert sorted(sources(prior, STORED["gaussian"] / 255)) == list(range(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("data_range", RANGES)
+def test_pseudo_inputs_are_set_in_place(dtype, data_range):
+    prior = VampPrior(2, DATA, 4, data_range=data_range).to(dtype)
+    parameter, config = prior.raw_pseudo_inputs, dict(prior.config)
+    low, high = data_range or (-4.0, 4.0)
+    data = low + (min(high, 9.0) - low) * torch.rand(4, 3)
+    prior.begin_at(data)
+    assert prior.raw_pseudo_inputs is parameter
+    assert (parameter.requires_grad, parameter.dtype, parameter.grad) == (True, dtype, None)
+    assert prior.config == config
+    torch.manual_seed(0)
+    prior.begin_at(data)
+    torch.manual_seed(0)
+    close(prior.pseudo_inputs, VampPrior(2, DATA, 4, data[torch.randperm(4)], data_range).to(dtype).pseudo_inputs, 1e-5)
+
+
 # Shapes, precision, recording -----------------------------------------------------------------------------------------
 
 
@@ -312,6 +442,17 @@ def test_by_name_or_as_it_is(name):
     assert own.name is None
 
 
+@pytest.mark.parametrize(("name", "count"), [("mixture:3", 3), ("vamp:7", 7), ("vamp:1", 1)])
+def test_a_number_of_components_behind_the_name(name, count):
+    prior = as_prior(name, 2, DATA)
+    assert (type(prior), prior.name) == (PRIORS[name.split(":")[0]], name)
+    assert prior.config["num_components"] == count
+    model = VAE(DATA, 2, (3,), prior=name)
+    again = VAE(**json.loads(json.dumps(model.config)))
+    again.load_state_dict(model.state_dict())
+    assert again.config == model.config
+
+
 def test_the_vamp_prior_by_name_knows_the_data():
     prior = as_prior("vamp", 2, DATA, (0.0, 255.0))
     assert prior.pseudo_inputs.shape == (500, 3)
@@ -371,6 +512,15 @@ U = torch.full((5, 3), 0.5)
             lambda: as_prior("vamo", 2, DATA),
             "prior: expected one of standard, mixture, vamp, flow, got 'vamo'; .* 'vamp'",
         ),
+        (lambda: as_prior("vamo:3", 2, DATA), "prior: expected one of standard, mixture, vamp, flow, got 'vamo'"),
+        (
+            lambda: as_prior("flow:3", 2, DATA),
+            'prior: expected a number of components of a mixture or a vamp, "vamp:100"',
+        ),
+        (lambda: as_prior("standard:3", 2, DATA), "prior: expected a number of components of .*, got 'standard:3'"),
+        (lambda: as_prior("vamp:", 2, DATA), "prior: expected a number of components of .*, got 'vamp:'"),
+        (lambda: as_prior("vamp:3:4", 2, DATA), "prior: expected a number of components of .*, got 'vamp:3:4'"),
+        (lambda: as_prior("vamp:0", 2, DATA), "num_components: expected a whole number of at least 1, got 0"),
         (lambda: as_prior(StandardNormal(2), 3, DATA), "prior: expected one of 3 latent dimensions, got 2"),
         (lambda: as_prior(7, 3, DATA), "prior: expected one of standard, .*, or a module with a latent_dim, got 7"),
         (lambda: as_prior(nn.Linear(2, 2), 2, DATA), "or a module with a latent_dim, got Linear"),
@@ -384,6 +534,14 @@ U = torch.full((5, 3), 0.5)
         (lambda: VampPrior(2, DATA, 5, U * math.nan), "pseudo_inputs: expected values from 0 to 1, got nan"),
         (lambda: VampPrior(2, DATA, 5, data_range=(1, 0)), r"data_range: expected a finite least .*, got \(1, 0\)"),
         (lambda: VampPrior(2, DATA, 5, data_range=(-math.inf, 0)), "data_range: expected a finite least value"),
+        (lambda: VampPrior(2, DATA, 5).begin_at(U[:4]), "data: expected at least 5, one for each pseudo-input, got 4"),
+        (
+            lambda: VampPrior(2, DATA, 5).begin_at(U[:, :2]),
+            r"data: expected shape \(N, 3\) or as many .*, got \(5, 2\)",
+        ),
+        (lambda: VampPrior(2, DATA, 5).begin_at(csr_array((5, 4))), r"data: expected shape .*, got \(5, 4\)"),
+        (lambda: VampPrior(2, DATA, 5).begin_at(U - 1), "data: expected values from 0 to 1, got -0.5 to -0.5"),
+        (lambda: VampPrior(2, DATA, 5).begin_at(U * math.nan), "data: expected values from 0 to 1, got nan"),
         (lambda: VampPrior(2, DATA, 5)(), "encode: expected the encoder, .*, got None"),
         (lambda: VampPrior(2, DATA, 5)(Encoder(3)), r"encode: expected a posterior of shape \(5, 2\) .*, got \(5, 3\)"),
         (lambda: Prior(2)(), None),

@@ -1,6 +1,6 @@
 """Variational auto-encoders of several stochastic layers, z_1 next to the data up to z_L.
 
-    p(z_L) = N(0, I)
+    p(z_L) = N(0, I)                                or another prior, as of a VAE of one layer
     p(z_l | z_l+1) = N(mu_l, diag sigma_l^2)        by a Gaussian MLP of z_l+1, down to z_1
     p(x | z_1)                                      by a network of z_1
 
@@ -16,6 +16,9 @@ way down they meet what the model says of the layer, as a Gaussian likelihood me
 
 So model and guide share mu_l and sigma_l, which are trained in both places. The paper's batch normalisation is left
 out: the bound of a datum would depend on the other data of its minibatch.
+
+The ladder's q(z_L | x) has a density of its own. Its mean over pseudo-inputs, 1/K sum_k q(z_L | u_k), can be the prior:
+the VampPrior of several layers (Tomczak & Welling, arXiv:1705.07120, Sec. 3), whose p(x | z_1) here is of z_1 alone.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from torch import Tensor, nn
 
 from pyro_vae.arguments import one_of, whole_number
 from pyro_vae.models.likelihoods import Likelihood, as_likelihood
+from pyro_vae.models.priors import Prior, StandardNormal, VampPrior, as_prior, require_one_support
 from pyro_vae.models.registration import data_plate, register
 from pyro_vae.models.vae import positive_ints
 from pyro_vae.networks import ACTIVATIONS, ConvDecoder, ConvEncoder, GaussianMLP
@@ -48,7 +52,8 @@ class HierarchicalVAE(nn.Module):
     """A VAE of several stochastic layers (arXiv:1509.00519) with a bottom-up guide or a ladder (arXiv:1602.02282).
 
     ``pv.SGVB(estimator="B")`` takes the KL divergence of every layer of a top-down guide in closed form. Of a bottom-up
-    guide it takes that of z_L alone: below, p(z_l | z_l+1) depends on a draw that depends on z_l.
+    guide it takes that of z_L alone: below, p(z_l | z_l+1) depends on a draw that depends on z_l. With another prior
+    than the standard one, that of z_L is sampled.
 
     Args:
         data_shape: shape of one datum, for example (784,), (28, 28) or (32, 32, 3).
@@ -62,6 +67,8 @@ class HierarchicalVAE(nn.Module):
         network: between the data and z_1: "mlp"; or "conv" or "resnet", where convolutions, plain or residual, take the
             place of the linear map to the first width of hidden_dims[0], and on the way down of that from it.
         channels: of the convolutions, from the data upwards.
+        prior: p(z_L): "standard", "mixture", "vamp" or "flow" (:mod:`pyro_vae.models.priors`), or one of your own. A
+            vamp takes a guide that draws z_L from x directly: top-down, or of one layer.
 
     Attributes:
         guide_kind: the argument ``guide``.
@@ -87,6 +94,7 @@ class HierarchicalVAE(nn.Module):
         activation: str = "tanh",
         network: str = "mlp",
         channels: Sequence[int] = (32, 64),
+        prior: str | Prior = "standard",
     ) -> None:
         super().__init__()
         self.data_shape = positive_ints("data_shape", (data_shape,) if isinstance(data_shape, int) else data_shape)
@@ -102,10 +110,17 @@ class HierarchicalVAE(nn.Module):
         if network != "mlp" and not self.hidden_dims[0]:
             raise ValueError(f'hidden_dims: expected a width next to the data for network="{network}", got ()')
         self.likelihood = as_likelihood(likelihood, self.data_shape)
+        self.prior = as_prior(prior, self.latent_dims[-1], self.data_shape, self.data_range)
+        if isinstance(self.prior, VampPrior) and not self._encodes_top:
+            raise ValueError(
+                'prior: expected guide="top-down" or one layer with a vamp, got guide="bottom-up", whose q(z_L | u) is '
+                "a mixture over the layers below, without a density in closed form"
+            )
         self._build_guide()
         between = zip(itertools.pairwise(self.latent_dims), self.hidden_dims[1:], strict=True)
         self.down = nn.ModuleList(GaussianMLP(high, w[::-1], low, activation) for (low, high), w in between)
         self.decoder = nn.Sequential(*self._to_data(self.hidden_dims[0][::-1]))
+        require_one_support(self._prior(), StandardNormal(self.latent_dims[-1])())
 
     def _build_guide(self) -> None:
         """Each layer's deterministic features, and its moments, which are linear in them."""
@@ -151,18 +166,19 @@ class HierarchicalVAE(nn.Module):
 
     @property
     def config(self) -> dict[str, Any] | None:
-        """The arguments that build this architecture again; None if the likelihood is your own."""
-        if self.likelihood.name is None:
+        """The arguments that build this architecture again; None if the likelihood or the prior is your own."""
+        parts = {name: getattr(getattr(self, name), "name", None) for name in ("likelihood", "prior")}
+        if None in parts.values():
             return None
         names = ("data_shape", "latent_dims", "hidden_dims", "activation", "network", "channels")
-        found = {name: getattr(self, name) for name in names}
-        return found | {"guide": self.guide_kind, "likelihood": self.likelihood.name}
+        return {name: getattr(self, name) for name in names} | {"guide": self.guide_kind} | parts
 
     def model(self, x: Tensor) -> None:
         """p(x, z) of a minibatch x (M, *data_shape): sites "z_L", ..., "z_1" and "x" in the plate "data"."""
         register(self)
+        prior = self._prior()
         with data_plate(x):
-            z_1 = self._draw_downwards(self._prior(x))
+            z_1 = self._draw_downwards(prior)
             pyro.sample("x", self.decode(z_1), obs=x)
 
     def guide(self, x: Tensor) -> None:
@@ -222,13 +238,18 @@ class HierarchicalVAE(nn.Module):
         Returns:
             Tensor (n, *data_shape).
         """
-        likelihood = self.decode(self.descend(self._prior(next(self.parameters())).sample((n,))))
+        likelihood = self.decode(self.descend(self._prior().sample((n,))))
         x: Tensor = likelihood.mean if mean else likelihood.sample()
         return x
 
-    def _prior(self, like: Tensor) -> dist.Distribution:
-        dim = self.latent_dims[-1]
-        return _normal(like.new_zeros(dim), like.new_ones(dim))
+    @property
+    def _encodes_top(self) -> bool:
+        """Whether the layer that the guide draws first, given x alone, is z_L."""
+        return self.guide_kind == "top-down" or len(self.latent_dims) == 1
+
+    def _prior(self) -> dist.Distribution:
+        """p(z_L), of batch shape ()."""
+        return self.prior(self.encode if self._encodes_top else None)
 
     def _draw_upwards(self, x: Tensor) -> None:
         below = x

@@ -36,6 +36,7 @@ __all__ = [
 _DRAWN_IN = 0.01  # from an end of the range of data, where pseudo-inputs would have no gradient
 _SPREAD = 0.1  # of random pseudo-inputs, before they are mapped to that range
 _UNIT_RAW_SCALE = math.log(math.expm1(1.0))  # whose softplus is 1
+_COUNTED = ("mixture", "vamp")  # whose number of components may stand behind their name
 
 
 class Prior(nn.Module):
@@ -46,7 +47,7 @@ class Prior(nn.Module):
         **options: the other arguments that build it again.
 
     Attributes:
-        name: its name in ``PRIORS`` if :func:`as_prior` made it, which is then enough to make it again.
+        name: what :func:`as_prior` made it by, if it did, which is then enough to make it again.
         latent_dim: J.
         config: the arguments that build this architecture again, ``type(prior)(**prior.config)``; of a family's
             standard prior, of which the posterior is an argument too, the others.
@@ -125,6 +126,7 @@ class VampPrior(Prior):
     The best prior for the bound is the mean of the posteriors of all data (the same, eq. (8)); K pseudo-inputs u_k,
     which are learned with the rest, stand in for the data. So p(z) depends on the encoder's parameters, and
     none are the guide's alone (``fit(trained="guide")``). Each draw takes memory for one of every component.
+    :meth:`begin_at` lets the pseudo-inputs begin at data.
 
     Args:
         latent_dim: J, at least 1.
@@ -161,17 +163,53 @@ class VampPrior(Prior):
             )
         super().__init__(latent_dim, data_shape=shape, num_components=count, data_range=data_range)
         self.elements_per_row = count * self.latent_dim
-        raw = _SPREAD * torch.randn(count, *shape)
+        self.raw_pseudo_inputs = nn.Parameter(_SPREAD * torch.randn(count, *shape))
         if pseudo_inputs is not None:
-            data = torch.as_tensor(pseudo_inputs, dtype=raw.dtype)
-            _require_data(data, raw.shape, data_range)
-            raw = _onto(data_range).inv(_drawn_in(data, data_range))
-        self.raw_pseudo_inputs = nn.Parameter(raw)
+            self._set("pseudo_inputs", torch.as_tensor(pseudo_inputs))
 
     @property
     def pseudo_inputs(self) -> Tensor:
         """u, (K, *data_shape), within ``data_range``."""
         return _onto(self.config["data_range"])(self.raw_pseudo_inputs)  # type: ignore[no-any-return]
+
+    def begin_at(self, data: Any) -> None:
+        """Set the pseudo-inputs, in place, to K data that torch's generator draws without replacement.
+
+        They are drawn in a little from the ends of ``data_range``. As in training, data of type uint8 are levels and
+        divided by 255, unless none is above 1, or the range ends above 1: then they are binary, or counts.
+
+        Args:
+            data: at least K, (N, *data_shape) or as many elements for each: a tensor, an array, or a matrix of
+                scipy.sparse.
+
+        Raises:
+            ValueError: there are fewer, or of another shape; or a value of those that were drawn lies beyond the range.
+
+        Example:
+            >>> prior = VampPrior(2, data_shape=(4,), num_components=3)
+            >>> prior.begin_at(255 * torch.eye(4, dtype=torch.uint8))
+            >>> prior.pseudo_inputs.detach().sum(-1)
+            tensor([1.0200, 1.0200, 1.0200])
+        """
+        count, shape, data_range = (self.config[name] for name in ("num_components", "data_shape", "data_range"))
+        if math.prod(data.shape[1:]) != math.prod(shape):
+            expected = ", ".join(map(str, ("N", *shape)))
+            raise ValueError(f"data: expected shape ({expected}) or as many elements, got {tuple(data.shape)}")
+        if data.shape[0] < count:
+            raise ValueError(f"data: expected at least {count}, one for each pseudo-input, got {data.shape[0]}")
+        data = data.tocsr() if hasattr(data, "tocsr") else data  # which has rows; other sparse formats have not
+        rows = _rows(data, torch.randperm(data.shape[0])[:count])
+        above_one = data_range is not None and data_range[1] > 1
+        levels = rows.dtype == torch.uint8 and not above_one and data.max() > 1
+        inputs = rows.reshape(count, *shape).to(self.raw_pseudo_inputs)
+        self._set("data", inputs / 255 if levels else inputs)
+
+    @torch.no_grad()
+    def _set(self, name: str, data: Tensor) -> None:
+        """Let u be data, a little drawn in; ``name`` is what messages call them."""
+        data, data_range = data.to(self.raw_pseudo_inputs), self.config["data_range"]
+        _require_data(name, data, self.raw_pseudo_inputs.shape, data_range)
+        self.raw_pseudo_inputs.copy_(_onto(data_range).inv(_drawn_in(data, data_range)))
 
     def forward(self, encode: Callable[[Tensor], dist.Distribution] | None = None) -> dist.Distribution:
         """The mixture of q(z | u_k), of batch shape () and event shape (J,).
@@ -263,13 +301,21 @@ def _drawn_in(data: Tensor, data_range: tuple[float, float] | None) -> Tensor:
     return data.clamp(low + margin, high - margin)
 
 
-def _require_data(data: Tensor, shape: torch.Size, data_range: tuple[float, float] | None) -> None:
+def _rows(data: Any, index: Tensor) -> Tensor:
+    """Rows of a tensor, an array or a sparse matrix as a dense tensor, of the stored type."""
+    if isinstance(data, Tensor):
+        return data[index.to(data.device)]
+    rows = data[index.cpu().numpy()]
+    return torch.as_tensor(rows.toarray() if hasattr(rows, "toarray") else rows)
+
+
+def _require_data(name: str, data: Tensor, shape: torch.Size, data_range: tuple[float, float] | None) -> None:
     low, high = (-math.inf, math.inf) if data_range is None else data_range
     if data.shape != shape:
-        raise ValueError(f"pseudo_inputs: expected shape {tuple(shape)}, got {tuple(data.shape)}")
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(data.shape)}")
     if not ((data >= low) & (data <= high)).all():
         found = f"{data.min().item():g} to {data.max().item():g}"
-        raise ValueError(f"pseudo_inputs: expected values from {low:g} to {high:g}, got {found}")
+        raise ValueError(f"{name}: expected values from {low:g} to {high:g}, got {found}")
 
 
 PRIORS: dict[str, type[Prior]] = {
@@ -290,7 +336,8 @@ def as_prior(
     """A prior of latents of so many dimensions, by its name or as it is.
 
     Args:
-        prior: a name in ``PRIORS``, or a module that has a ``latent_dim`` and is called as a :class:`Prior` is.
+        prior: a name in ``PRIORS``, of a mixture or a vamp with its number of components if need be, "vamp:100"; or a
+            module that has a ``latent_dim`` and is called as a :class:`Prior` is.
         latent_dim: J.
         data_shape: shape of one datum, which a VampPrior's pseudo-inputs have;
         data_range: and the least and the greatest value of data; None for any.
@@ -302,19 +349,32 @@ def as_prior(
     Example:
         >>> as_prior("mixture", 2, data_shape=(784,)).config
         {'latent_dim': 2, 'num_components': 100}
+        >>> as_prior("vamp:30", 2, data_shape=(784,)).pseudo_inputs.shape
+        torch.Size([30, 784])
     """
     if not isinstance(prior, str):
         return cast(Prior, require_latent_dim("prior", prior, latent_dim, PRIORS))
-    one_of("prior", prior, PRIORS)
+    name, sizes = _name_and_sizes(prior)
     made: Prior
-    if prior == "standard" and posterior is not None:
+    if name == "standard" and posterior is not None:
         made = _StandardOf(posterior)
-    elif prior == "vamp":
-        made = VampPrior(latent_dim, data_shape, data_range=data_range)
+    elif name == "vamp":
+        made = VampPrior(latent_dim, data_shape, data_range=data_range, **sizes)
     else:
-        made = PRIORS[prior](latent_dim)
+        made = PRIORS[name](latent_dim, **sizes)
     made.name = prior
     return made
+
+
+def _name_and_sizes(prior: str) -> tuple[str, dict[str, Any]]:
+    """A prior's name in ``PRIORS``, and the number of components behind it."""
+    name, colon, count = prior.partition(":")
+    one_of("prior", name, PRIORS)
+    if not colon:
+        return name, {}
+    if name not in _COUNTED or not count.isdecimal():
+        raise ValueError(f'prior: expected a number of components of a mixture or a vamp, "vamp:100", got {prior!r}')
+    return name, {"num_components": int(count)}
 
 
 def require_one_support(prior: dist.Distribution, posterior: dist.Distribution) -> None:

@@ -61,7 +61,8 @@ class VAE(nn.Module):
             decoder of latents (M, J) to as many as the likelihood has, in the order (P, *data_shape). Beside these,
             hidden_dims, activation and channels are of no use.
         channels: of the convolutions, a level each, which halves the image; the decoder has them in reverse.
-        prior: p(z): "standard", "mixture", "vamp" or "flow" (:mod:`pyro_vae.models.priors`), or one of your own.
+        prior: p(z): "standard", "mixture", "vamp" or "flow" (:mod:`pyro_vae.models.priors`), of so many components if
+            need be, "vamp:100"; or one of your own.
         posterior: the family of q(z | x): "diagonal", "full", "iaf", "spline", or one of the paper's Sec. 2.4, such as
             "laplace" (:mod:`pyro_vae.models.posteriors`), whose own standard prior is then what "standard" means; or
             one of your own.
@@ -109,8 +110,6 @@ class VAE(nn.Module):
                 "prior_scale, learn_prior and local_reparameterization are of Bayesian weights: expected bayesian=True "
                 'or "decoder" with them (fit(..., prior_scale=...) is maximum a posteriori)'
             )
-        if bayesian is True and (prior == "vamp" or isinstance(prior, VampPrior)):
-            raise ValueError("prior: expected another than a vamp with bayesian=True: its encoder would be no function")
         self.bayesian = bayesian
         self.prior_scale, self.learn_prior = prior_scale, learn_prior
         self.local_reparameterization = local_reparameterization
@@ -119,6 +118,8 @@ class VAE(nn.Module):
         self.likelihood = as_likelihood(likelihood, self.data_shape)
         self.posterior = as_posterior(posterior, self.latent_dim)
         self.prior = as_prior(prior, self.latent_dim, self.data_shape, self.data_range, self.posterior)
+        if bayesian is True and isinstance(self.prior, VampPrior):
+            raise ValueError("prior: expected another than a vamp with bayesian=True: its encoder would be no function")
         self.network = network if isinstance(network, str) else "own"
         encoder, decoder = self._networks(network)
         if init == "paper":
