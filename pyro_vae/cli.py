@@ -29,6 +29,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pyro_vae.arguments import one_of
+from pyro_vae.cli_models import MODEL_OPTIONS, make_model, require_own_options, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -140,14 +141,6 @@ def _read_config(context: typer.Context, file: Path | None) -> Path | None:
     return file
 
 
-def _whole_numbers(texts: list[str], flag: str = "--hidden-dims", such_as: str = "500 or 500,200") -> tuple[int, ...]:
-    text = ",".join(texts)
-    try:
-        return tuple(int(part) for part in text.replace(",", " ").split())
-    except ValueError:
-        raise ValueError(f"{flag}: expected whole numbers such as {such_as}, got {text!r}") from None
-
-
 _data = functools.partial(typer.Option, rich_help_panel="Data")
 _model = functools.partial(typer.Option, rich_help_panel="Model")
 _markov = functools.partial(typer.Option, rich_help_panel="Deep Markov model (--model deep-markov)")
@@ -163,6 +156,11 @@ _OBJECTIVE_HELP = "sgvb, iwae, dreg, renyi, vimco, wake-sleep, reweighted-wake-s
 _COMPARED_HELP = "NAME or NAME:key=value,key=value, such as sgvb or iwae:num_particles=10; repeat it. " + (
     "sgvb, iwae, dreg, renyi, vimco, wake-sleep, reweighted-wake-sleep or mcem; fivo of sequences."
 )
+_MAKING = ("model", *sorted({name for names in MODEL_OPTIONS.values() for name in names}))
+_COMPARED_SETTINGS = (
+    *("optimizer", "batch_size", "kl_warmup", "free_bits", "learning_rate_schedule", "ema_decay", "max_grad_norm"),
+    *("trim_padding", "evaluate_every", "device"),
+)
 _OBJECTIVE_OPTIONS = (
     "num_particles",
     "estimator",
@@ -174,17 +172,6 @@ _OBJECTIVE_OPTIONS = (
     "threshold",
     "resampling",
 )
-_PRIOR_OPTIONS = {"num_components": ("mixture", "vamp"), "pseudo_inputs": ("vamp",)}  # and of which priors they are
-_NETWORK_OPTIONS = ("hidden_dims", "likelihood", "activation", "network", "channels", "prior", *_PRIOR_OPTIONS)
-_WEIGHTS_OPTIONS = ("bayesian", "local_reparameterization", "learn_prior")
-_MODEL_OPTIONS = {
-    "vae": (*_NETWORK_OPTIONS, "latent_dim", "init", "posterior", *_WEIGHTS_OPTIONS),
-    "hierarchical": (*_NETWORK_OPTIONS, "latent_dims", "guide"),
-    "deep-markov": (
-        *("latent_dim", "transition_dim", "emission_dim", "rnn_dim", "guide", "emission", "cell", "num_flows"),
-        "missing",
-    ),
-}
 _LIKELIHOOD_HELP = (
     "bernoulli (binary data), gaussian, gaussian-shared, continuous-bernoulli, beta (data from 0 to 1),"
     + (" discretized-logistic (8-bit images) or negative-binomial (counts).")
@@ -218,6 +205,8 @@ _LOCAL_HELP = "--bayesian: draw the layers' outputs for each datum, not the weig
 _LEARN_HELP = "--bayesian: learn the scales of the weights' prior (empirical Bayes)."
 _EVALUATE_HELP = "Samples between evaluations; by default an epoch, or a hundredth of the budget."
 _CHECKPOINT_HELP = "Samples between checkpoints; by default at each evaluation, and once a minute."
+_TRIM_HELP = "Leave out steps that are padding in all of a minibatch's sequences."
+_EMA_HELP = "Evaluate and keep an exponential moving average of the weights: 0.999 looks back about 1,000 steps."
 _ROWS_HELP = "Which sequences of the split: 0,1,2, or repeated; by default the first three."
 _ARRAYS_HELP = "A .npz file; figures are written beside it. By default RUN/figures/"
 _PATHS_HELP = "Draw from the paths of so many particles; by default from the guide itself, of the prior 1,000."
@@ -228,15 +217,38 @@ _PATH_PROPOSAL_HELP = "guide, or prior: a particle filter that needs no guide; b
 DatasetName = Annotated[str, _data(help="A name (see `datasets`), a .npy, .npz or .csv file, or a folder of images.")]
 DataRoot = Annotated[Path | None, _data(help=_ROOT_HELP, envvar="PYRO_VAE_DATA")]
 Binarize = Annotated[str | None, _data(help=_BINARIZE_HELP)]
-LatentDim = Annotated[int, _model(help="Dimension of z.")]
 HiddenDims = Annotated[list[str], _model(help=_HIDDEN_HELP)]
 Likelihood = Annotated[str, _model(help=_LIKELIHOOD_HELP)]
 ModelName = Annotated[str, _model(help="vae, hierarchical, or deep-markov of sequences.")]
 ModelDim = Annotated[int | None, _model(help="Dimension of z, of z_t; by default 20, of deep-markov 100.")]
 Activation = Annotated[str, _model(help="tanh, relu or softplus.")]
+Network = Annotated[str, _model(help="mlp; of images conv or resnet.")]
+Channels = Annotated[list[str], _model(help=_CHANNELS_HELP)]
+PriorName = Annotated[str, _model(help=_PRIOR_NAME_HELP)]
+NumComponents = Annotated[int | None, _model(help=_COMPONENTS_HELP, min=1)]
+PseudoInputs = Annotated[str | None, _model(help=_PSEUDO_INPUTS_HELP)]
+PosteriorName = Annotated[str, _model(help=_POSTERIOR_HELP)]
+LatentDims = Annotated[list[str], _model(help=_LAYERS_HELP)]
+Bayesian = Annotated[str, _model(help=_BAYESIAN_HELP)]
+LocalReparameterization = Annotated[bool, _model("--local-reparameterization", help=_LOCAL_HELP)]
+LearnPrior = Annotated[bool, _model("--learn-prior", help=_LEARN_HELP)]
+TransitionDim = Annotated[int | None, _markov(help="Width of the transition's layers; by default 200.")]
+EmissionDim = Annotated[int | None, _markov(help="Width of the emission's layers; by default 100.")]
+RnnDim = Annotated[int | None, _markov(help="Width of the guide's recurrent network; by default 600.")]
+GuideName = Annotated[str | None, _markov(help=_GUIDE_HELP)]
+EmissionName = Annotated[str | None, _markov(help=_EMISSION_HELP)]
+CellName = Annotated[str | None, _markov(help="tanh (the default), relu, gru or lstm.")]
+NumFlows = Annotated[int | None, _markov(help="Layers of an inverse autoregressive flow; by default none.")]
+Missing = Annotated[bool, _markov("--missing", help="Tell the guide which values were observed.")]
 Init = Annotated[str, _model(help="default (torch's) or paper: N(0, 0.01).")]
 OptimizerName = Annotated[str, _training(help="Any of torch.optim by name, such as adagrad or adam.")]
 BatchSize = Annotated[int, _training(help="Data per step.")]
+KLWarmup = Annotated[int | None, _objective(help="Raise the KL weight from 0 to 1 over so many samples.")]
+FreeBits = Annotated[float | None, _objective(help="Nats of each latent site's KL that cost nothing.")]
+MaxGradNorm = Annotated[float | None, _training(help="Clip the gradient to this norm.")]
+TrimPadding = Annotated[bool, _training("--trim-padding", help=_TRIM_HELP)]
+RateSchedule = Annotated[float | None, _training(help="Factor of the rate after each epoch.")]
+EMADecay = Annotated[float | None, _training(help=_EMA_HELP)]
 EvaluateEvery = Annotated[int | None, _training(help=_EVALUATE_HELP)]
 TrainingDevice = Annotated[str | None, _training(help="Such as cpu or cuda.")]
 Method = Annotated[str, _scoring(help=_METHOD_HELP)]
@@ -256,8 +268,6 @@ Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda.")]
 Rows = Annotated[list[str] | None, typer.Option(help=_ROWS_HELP)]
 Split = Annotated[str, typer.Option(help="train, valid or test.")]
 Draws = Annotated[int, typer.Option(help="Draws of each sequence.", min=1)]
-_TRIM_HELP = "Leave out steps that are padding in all of a minibatch's sequences."
-_EMA_HELP = "Evaluate and keep an exponential moving average of the weights: 0.999 looks back about 1,000 steps."
 Particles = Annotated[int, typer.Option(help="Particles of the filter.", min=1)]
 PathProposal = Annotated[str | None, typer.Option("--proposal", help=_PATH_PROPOSAL_HELP)]
 PathParticles = Annotated[int | None, typer.Option(help=_PATHS_HELP, min=1)]
@@ -279,24 +289,24 @@ def train(
     likelihood: Likelihood = "bernoulli",
     activation: Activation = "tanh",
     init: Init = "default",
-    network: Annotated[str, _model(help="mlp; of images conv or resnet.")] = "mlp",
-    channels: Annotated[list[str], _model(help=_CHANNELS_HELP)] = ["32,64"],  # noqa: B006
-    prior: Annotated[str, _model(help=_PRIOR_NAME_HELP)] = "standard",
-    num_components: Annotated[int | None, _model(help=_COMPONENTS_HELP, min=1)] = None,
-    pseudo_inputs: Annotated[str | None, _model(help=_PSEUDO_INPUTS_HELP)] = None,
-    posterior: Annotated[str, _model(help=_POSTERIOR_HELP)] = "diagonal",
-    latent_dims: Annotated[list[str], _model(help=_LAYERS_HELP)] = ["100,50"],  # noqa: B006
-    bayesian: Annotated[str, _model(help=_BAYESIAN_HELP)] = "none",
-    local_reparameterization: Annotated[bool, _model("--local-reparameterization", help=_LOCAL_HELP)] = False,
-    learn_prior: Annotated[bool, _model("--learn-prior", help=_LEARN_HELP)] = False,
-    transition_dim: Annotated[int | None, _markov(help="Width of the transition's layers; by default 200.")] = None,
-    emission_dim: Annotated[int | None, _markov(help="Width of the emission's layers; by default 100.")] = None,
-    rnn_dim: Annotated[int | None, _markov(help="Width of the guide's recurrent network; by default 600.")] = None,
-    guide: Annotated[str | None, _markov(help=_GUIDE_HELP)] = None,
-    emission: Annotated[str | None, _markov(help=_EMISSION_HELP)] = None,
-    cell: Annotated[str | None, _markov(help="tanh (the default), relu, gru or lstm.")] = None,
-    num_flows: Annotated[int | None, _markov(help="Layers of an inverse autoregressive flow; by default none.")] = None,
-    missing: Annotated[bool, _markov("--missing", help="Tell the guide which values were observed.")] = False,
+    network: Network = "mlp",
+    channels: Channels = ["32,64"],  # noqa: B006
+    prior: PriorName = "standard",
+    num_components: NumComponents = None,
+    pseudo_inputs: PseudoInputs = None,
+    posterior: PosteriorName = "diagonal",
+    latent_dims: LatentDims = ["100,50"],  # noqa: B006
+    bayesian: Bayesian = "none",
+    local_reparameterization: LocalReparameterization = False,
+    learn_prior: LearnPrior = False,
+    transition_dim: TransitionDim = None,
+    emission_dim: EmissionDim = None,
+    rnn_dim: RnnDim = None,
+    guide: GuideName = None,
+    emission: EmissionName = None,
+    cell: CellName = None,
+    num_flows: NumFlows = None,
+    missing: Missing = False,
     objective: Annotated[str, _objective(help=_OBJECTIVE_HELP)] = "sgvb",
     num_particles: Annotated[int | None, _objective(help="Draws of z per datum and step (the paper's L).")] = None,
     estimator: Annotated[str | None, _objective(help="sgvb: A samples the KL term, B takes it in closed form.")] = None,
@@ -307,8 +317,8 @@ def train(
     num_updates: Annotated[int | None, _objective(help="mcem: updates for each minibatch's draws.")] = None,
     threshold: Annotated[float | None, _objective(help="fivo: resample below this share of K.")] = None,
     resampling: Annotated[str | None, _objective(help="fivo: systematic or multinomial.")] = None,
-    kl_warmup: Annotated[int | None, _objective(help="Raise the KL weight from 0 to 1 over so many samples.")] = None,
-    free_bits: Annotated[float | None, _objective(help="Nats of each latent site's KL that cost nothing.")] = None,
+    kl_warmup: KLWarmup = None,
+    free_bits: FreeBits = None,
     kl_by_site: Annotated[bool, _objective("--kl-by-site", help="Note the KL of each latent site.")] = False,
     prior_scale: Annotated[float | None, _objective(help=_PRIOR_HELP)] = None,
     optimizer: OptimizerName = "adagrad",
@@ -316,10 +326,10 @@ def train(
     batch_size: BatchSize = 100,
     num_samples: Annotated[int | None, _training(help="Budget in training samples; 1,000,000 if no --epochs.")] = None,
     epochs: Annotated[int | None, _training(help="Budget in passes through the data.")] = None,
-    learning_rate_schedule: Annotated[float | None, _training(help="Factor of the rate after each epoch.")] = None,
-    ema_decay: Annotated[float | None, _training(help=_EMA_HELP)] = None,
-    max_grad_norm: Annotated[float | None, _training(help="Clip the gradient to this norm.")] = None,
-    trim_padding: Annotated[bool, _training("--trim-padding", help=_TRIM_HELP)] = False,
+    learning_rate_schedule: RateSchedule = None,
+    ema_decay: EMADecay = None,
+    max_grad_norm: MaxGradNorm = None,
+    trim_padding: TrimPadding = False,
     patience: Annotated[int | None, _training(help="Stop after so many evaluations without a better bound.")] = None,
     evaluate_every: EvaluateEvery = None,
     seed: Annotated[int, _training(help="Seed of the random numbers.", min=0, max=2**32 - 1)] = 0,
@@ -350,18 +360,13 @@ def train(
     import pyro_vae as pv
     from pyro_vae.parallel import ranks
 
-    _require_own_options(model, given := _set_by_user(context))
+    require_own_options(model, given := _set_by_user(context))
     learner = _make_objective(objective, {name: options[name] for name in _OBJECTIVE_OPTIONS})
     data = pv.load_dataset(dataset, root=root, binarize=binarize)  # type: ignore[arg-type]
     torch.manual_seed(seed)  # the initial parameters
-    weights = _weights(bayesian, options)
-    if model == "deep-markov":
-        made = _deep_markov(data, options)
-    else:
-        _require_no_sequences(data, "model" in given)
-        made = _vae(data, options, weights) if model == "vae" else _hierarchical(data, options)
-        if options["pseudo_inputs"] == "data":
-            made.prior.begin_at(data.train)
+    made = make_model(data, options, "model" in given)
+    if model == "deep-markov" and not missing and _has_gaps(data):
+        _say(f"{data.name} has gaps: with --missing the guide is told where")
     directory = run_dir or Path("runs", f"{data.name}-{ranks().from_first(lambda: time.strftime('%Y%m%d-%H%M%S'))}")
     _say(f"training {_described(made)} on {data.name} ({data.train.shape[0]:,} training {_units(data)}) in {directory}")
     budget = 1_000_000 if num_samples is None and epochs is None else num_samples
@@ -382,7 +387,7 @@ def train(
         "compile",
     )
     settings = {name: options[name] for name in (*passed, *more)}
-    if weights:
+    if bayesian != "none":
         settings["prior_scale"] = None  # it is the weights'
     run = pv.fit(
         made,
@@ -401,87 +406,16 @@ def _set_by_user(context: typer.Context) -> set[str]:
     return {name for name in context.params if getattr(context.get_parameter_source(name), "name", "") in given}
 
 
-def _require_own_options(model: str, given: set[str]) -> None:
-    """Refuse what is for another model."""
-    own = _MODEL_OPTIONS[one_of("--model", model, _MODEL_OPTIONS)]
-    for name in sorted(given & {name for names in _MODEL_OPTIONS.values() for name in names} - set(own)):
-        others = " or ".join(other for other, names in _MODEL_OPTIONS.items() if name in names)
-        raise ValueError(f"--{name.replace('_', '-')} is for --model {others}, got --model {model}")
-
-
-def _require_no_sequences(data: Dataset, named: bool) -> None:
-    if data.train_lengths is not None and not named:
-        raise ValueError(f"{data.name} holds sequences: expected --model deep-markov, for the default is --model vae")
-
-
-def _vae(data: Dataset, options: Mapping[str, Any], weights: Mapping[str, Any]) -> Any:
-    import pyro_vae as pv
-
-    latent_dim = 20 if options["latent_dim"] is None else options["latent_dim"]
-    own = {name: options[name] for name in ("init", "posterior")}
-    return pv.VAE(latent_dim=latent_dim, **_network(data, options), **own, **weights)
-
-
-def _hierarchical(data: Dataset, options: Mapping[str, Any]) -> Any:
-    import pyro_vae as pv
-
-    guide, dims = options["guide"] or "bottom-up", _whole_numbers(options["latent_dims"])
-    return pv.HierarchicalVAE(latent_dims=dims, guide=guide, **_network(data, options))
-
-
-def _network(data: Dataset, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What networks and prior are made with, of data that are no sequences."""
-    sizes = {name: _whole_numbers(options[name]) for name in ("hidden_dims", "channels")}
-    named = {name: options[name] for name in ("likelihood", "activation", "network")}
-    return {"data_shape": tuple(data.train.shape[1:]), **sizes, **named, "prior": _prior(options)}
-
-
-def _prior(options: Mapping[str, Any]) -> str:
-    """The prior's name, with the number of components that was given; an option of another prior is an error."""
-    prior, count = options["prior"], options["num_components"]
-    for name, priors in _PRIOR_OPTIONS.items():
-        if options[name] is not None and prior.partition(":")[0] not in priors:
-            raise ValueError(f"--{name.replace('_', '-')} is for --prior {' or '.join(priors)}, got --prior {prior}")
-    one_of("--pseudo-inputs", options["pseudo_inputs"] or "random", ("random", "data"))
-    return prior if count is None else f"{prior}:{count}"
-
-
-def _deep_markov(data: Dataset, options: Mapping[str, Any]) -> Any:
-    """A deep Markov model with the options that were given, for sequences.
-
-    Raises:
-        ValueError: the data are no sequences.
-    """
-    import pyro_vae as pv
-    from pyro_vae.data import DATASETS
-
-    shape = tuple(data.train.shape)
-    named = data.train_lengths is None and (data.name in DATASETS or Path(data.source).is_dir())
-    if named or len(shape) != 3:
-        kind = "no sequences, but data" if data.train_lengths is None else "sequences of steps"
-        raise ValueError(
-            f"--model deep-markov: expected sequences of vectors, (N, T, D), such as jsb-chorales or pendulum; "
-            f"{data.name} holds {kind} of shape {shape[1:] if data.train_lengths is None else shape[2:]}"
-        )
-    names = _MODEL_OPTIONS["deep-markov"]
-    given = {name: options[name] for name in names if options[name] is not None}
-    if not given["missing"] and any(data.observed(split) is not None for split in ("train", "valid", "test")):
-        _say(f"{data.name} has gaps: with --missing the guide is told where")
-    return pv.DeepMarkovModel(shape[-1], **{"emission": _emission_of(data.train), **given})
-
-
-def _emission_of(x: Any) -> str:
-    """Bernoulli of numbers 0 and 1, else Gaussian."""
-    binary = (x == 0) | (x == 1) | x.isnan()
-    return "bernoulli" if bool(binary.all()) else "gaussian"
-
-
 def _described(model: Any) -> str:
     if _is_sequential(model):
         return f"a deep Markov model {model.data_dim} -> {model.latent_dim}, {model.config['emission']} emissions,"
     if hasattr(model, "latent_dims"):
         return f"a hierarchical VAE {tuple(model.data_shape)} -> {' -> '.join(map(str, model.latent_dims))}"
     return f"a VAE {tuple(model.data_shape)} -> {model.latent_dim}"
+
+
+def _has_gaps(data: Dataset) -> bool:
+    return any(data.observed(split) is not None for split in ("train", "valid", "test"))
 
 
 def _units(data: Dataset) -> str:
@@ -492,18 +426,6 @@ def _is_sequential(model: Any) -> bool:
     from pyro_vae.models.state_space import StateSpaceModel
 
     return isinstance(model, StateSpaceModel)
-
-
-def _weights(bayesian: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a VAE for Bayesian weights; none without."""
-    which = one_of("--bayesian", bayesian, ("decoder", "all", "none"))
-    given = {name: options[name] for name in ("local_reparameterization", "learn_prior")}
-    if which == "none":
-        if unused := [name for name, value in given.items() if value]:
-            raise ValueError(f"--{unused[0].replace('_', '-')} is for --bayesian decoder or all, got --bayesian none")
-        return {}
-    scale = {} if options["prior_scale"] is None else {"prior_scale": options["prior_scale"]}
-    return given | scale | {"bayesian": True if which == "all" else which}
 
 
 def _say(text: str) -> None:
@@ -711,15 +633,40 @@ def compare(
     dataset: DatasetName = "digits",
     root: DataRoot = None,
     binarize: Binarize = None,
-    latent_dim: LatentDim = 20,
+    model: ModelName = "vae",
+    latent_dim: ModelDim = None,
     hidden_dims: HiddenDims = ["500"],  # noqa: B006
     likelihood: Likelihood = "bernoulli",
     activation: Activation = "tanh",
     init: Init = "default",
+    network: Network = "mlp",
+    channels: Channels = ["32,64"],  # noqa: B006
+    prior: PriorName = "standard",
+    num_components: NumComponents = None,
+    pseudo_inputs: PseudoInputs = None,
+    posterior: PosteriorName = "diagonal",
+    latent_dims: LatentDims = ["100,50"],  # noqa: B006
+    bayesian: Bayesian = "none",
+    local_reparameterization: LocalReparameterization = False,
+    learn_prior: LearnPrior = False,
+    transition_dim: TransitionDim = None,
+    emission_dim: EmissionDim = None,
+    rnn_dim: RnnDim = None,
+    guide: GuideName = None,
+    emission: EmissionName = None,
+    cell: CellName = None,
+    num_flows: NumFlows = None,
+    missing: Missing = False,
+    kl_warmup: KLWarmup = None,
+    free_bits: FreeBits = None,
     optimizer: OptimizerName = "adagrad",
     batch_size: BatchSize = 100,
     num_samples: Annotated[int | None, _training(help="Budget of each in training samples; 100,000 if none.")] = None,
     epochs: Annotated[int | None, _training(help="Budget of each in passes through the data.")] = None,
+    learning_rate_schedule: RateSchedule = None,
+    ema_decay: EMADecay = None,
+    max_grad_norm: MaxGradNorm = None,
+    trim_padding: TrimPadding = False,
     evaluate_every: EvaluateEvery = None,
     device: TrainingDevice = None,
     method: Method = "importance",
@@ -743,24 +690,23 @@ def compare(
     _require_options("--method", method, METHODS, options := _given(context, _METHOD_OPTIONS))
     objectives = {text: _parse_objective(text) for text in objective}
     data = pv.load_dataset(dataset, root=root, binarize=binarize)  # type: ignore[arg-type]
-    shape, widths = tuple(data.train.shape[1:]), _whole_numbers(hidden_dims)
+    require_own_options(model, given := _set_by_user(context))
+    make = functools.partial(make_model, data, {name: context.params[name] for name in _MAKING}, "model" in given)
+    make()  # what is wrong with it is said before anything begins
     directory = run_dir or Path("runs", f"compare-{data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     rates = {f"lr={rate:g}": {"learning_rate": rate} for rate in learning_rate or ()}
     _say(f"{len(objectives) * max(1, len(rates)) * seeds} trainings on {data.name} in {directory}")
     found = pv.compare(
         objectives,
-        lambda: pv.VAE(shape, latent_dim, widths, likelihood, activation, init),
+        make,
         data,
         settings=rates or None,
         seeds=seeds,
         n_jobs=n_jobs,
         run_dir=directory,
-        optimizer=optimizer,
-        batch_size=batch_size,
+        **{name: context.params[name] for name in _COMPARED_SETTINGS},
         num_samples=100_000 if num_samples is None and epochs is None else num_samples,
         epochs=epochs,
-        evaluate_every=evaluate_every,
-        device=device,
         method=method,
         num_particles=1000 if num_particles is None and method == "importance" else num_particles,
         num_data=num_data,
@@ -1003,7 +949,7 @@ def _require_proposal(proposal: str | None) -> None:
 def _numbers(flag: str, texts: list[str] | None) -> tuple[int, ...] | None:
     if not texts:
         return None
-    numbers = _whole_numbers(texts, flag, "0 or 0,1,2")
+    numbers = whole_numbers(texts, flag, "0 or 0,1,2")
     if not numbers or min(numbers) < 0:
         raise ValueError(f"{flag}: expected whole numbers of at least 0, got {','.join(texts)!r}")
     return numbers

@@ -37,7 +37,8 @@ PICTURE["gallery"] = {"runs", "plots", "inputs", "programs", "data"}
 PICTURE["sequence_gallery"] = PICTURE["gallery"] | {"models", "arguments"}
 PICTURE["experiments"] = set(PICTURE)
 PICTURE["interop"] = PICTURE["experiments"] | {"experiments"}
-PICTURE["cli"] = PICTURE["interop"] | {"interop"}
+PICTURE["cli_models"] = PICTURE["interop"] | {"interop"}
+PICTURE["cli"] = PICTURE["cli_models"] | {"cli_models"}
 PICTURE["__main__"] = {"cli"}
 PICTURE["__init__"] = set(PICTURE)
 

@@ -450,3 +450,43 @@ def test_a_run_without_a_trained_guide_is_not_scored_by_it(tmp_path):
     few = ("--num-data", "3", "--num-steps", "3", "--num-particles", "2")
     run("evaluate", tmp_path / "m", "--method", "ais", "--initial", "prior", *few, "--json", tmp_path / "s.json")
     assert json.loads((tmp_path / "s.json").read_text())["bound"] is None
+
+
+# The parts of a model, of every command that trains ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config"),
+    [
+        (["--network", "conv", "--channels", "4", "--prior", "vamp", "--num-components", "3"], {"prior": "vamp:3"}),
+        (["--posterior", "full", "--kl-warmup", "50"], {"posterior": "full"}),
+        (["--model", "hierarchical", "--latent-dims", "3,2", "--guide", "top-down"], {"guide": "top-down"}),
+    ],
+)
+def test_any_model_is_compared(tmp_path, arguments, config):
+    budget = ["--num-samples", "200", "--num-particles", "5", "--num-data", "10", "--seeds", "1", "--hidden-dims", "8"]
+    result = run("compare", *budget, "--objective", "sgvb", "--run-dir", "c", *arguments)
+    assert result.exit_code == 0, result.output
+    stored = json.loads((tmp_path / "c/sgvb_seed0/config.json").read_text())
+    assert config.items() <= stored["program"]["config"].items()
+    assert pv.load_run(tmp_path / "c/sgvb_seed0").program.config == pv.load_run("c/sgvb_seed0").program.config
+
+
+def test_models_of_sequences_are_compared(tmp_path):
+    sizes = ["--latent-dim", "2", "--transition-dim", "4", "--emission-dim", "4", "--rnn-dim", "4", "--trim-padding"]
+    np.savez(tmp_path / "s.npz", train=np.random.default_rng(0).normal(size=(12, 6, 2)).astype("f4"),
+             train_lengths=np.arange(12) % 6 + 1)  # fmt: skip
+    result = run(
+        "compare", "--dataset", "s.npz", "--model", "deep-markov", *sizes, "--objective", "sgvb", "--objective",
+        "fivo:num_particles=2", "--num-samples", "24", "--batch-size", "4", "--num-particles", "5", "--seeds", "1",
+        "--run-dir", "c",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "c/results.json").read_text())["rows"]
+    assert [row["error"] for row in rows] == [None, None]
+    assert json.loads((tmp_path / "c/sgvb_seed0/config.json").read_text())["fit"]["trim_padding"] is True
+
+
+def test_what_is_for_another_model_is_refused_by_compare(tmp_path):
+    said = refused("compare", *QUICK, "--run-dir", "c", "--rnn-dim", "4")
+    assert "--rnn-dim is for --model deep-markov, got --model vae" in said
