@@ -22,7 +22,7 @@ from pyro_vae.evaluation.marginal import make_method
 from pyro_vae.inputs import open_inputs
 from pyro_vae.numerics import seeded
 from pyro_vae.objectives import SGVB
-from pyro_vae.programs import HasModelAndGuide, Program, as_program
+from pyro_vae.programs import HasModelAndGuide, Program, as_program, guide_parameters
 from pyro_vae.training import fit
 from pyro_vae.training.checkpoint import CheckpointError, RunDirectory
 from pyro_vae.training.loop import require_objective
@@ -209,6 +209,7 @@ class Scorer:
             self.estimator.check(program, args, kwargs)
             if self.refit_samples is not None:
                 copy.deepcopy(self.refit_objective).loss(program.model, program.guide, *args, **kwargs)
+                guide_parameters(program, program.named_parameters(), args, kwargs)
 
     def require_guide(self, program: Program, objectives: Mapping[str, Any]) -> None:
         """Refuse an estimator that needs a guide where there is none, or where an objective trains none."""

@@ -41,6 +41,7 @@ __all__ = [
     "LogWeights",
     "draw_guide",
     "draw_prior",
+    "guide_parameters",
     "known_when_drawn",
     "log_guide",
     "log_weights",
@@ -211,6 +212,27 @@ def model_parameters(
             return set()
         gradients = torch.autograd.grad(density, list(parameters.values()), allow_unused=True)
     return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+
+
+def guide_parameters(
+    program: Program, parameters: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """The parameters that are the guide's alone: those that log p(x, z) does not depend on.
+
+    Args:
+        program: with a guide.
+        parameters: leaf tensors by name.
+        args: positional arguments: a minibatch.
+        kwargs: keyword arguments.
+
+    Raises:
+        ValueError: there are none.
+    """
+    theta = model_parameters(program, parameters, args, kwargs)
+    phi = {name: tensor for name, tensor in parameters.items() if name not in theta}
+    if not phi:
+        raise ValueError('trained="guide": expected parameters that are the guide\'s alone, got none')
+    return phi
 
 
 class _Fixed(Messenger):  # type: ignore[misc]

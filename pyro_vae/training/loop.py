@@ -34,7 +34,7 @@ from pyro_vae.inputs import Inputs, batch_size_of, device_of, move_to, open_inpu
 from pyro_vae.numerics import seeded
 from pyro_vae.objectives import MCEM, SGVB, Objective
 from pyro_vae.parallel import Ranks, is_sharded, ranks, restarted
-from pyro_vae.programs import HasModelAndGuide, Program, as_program, check_program, model_parameters
+from pyro_vae.programs import HasModelAndGuide, Program, as_program, check_program, guide_parameters
 from pyro_vae.training import random_state
 from pyro_vae.training.checkpoint import Checkpoint, RunDirectory, copy_into, model_tensors
 from pyro_vae.training.compiled import CompiledStep
@@ -554,12 +554,7 @@ class _Trainer:
         )
 
     def _guide_parameters(self) -> dict[str, Tensor]:
-        args, kwargs = self.train_inputs.first()
-        theta = model_parameters(self.program, self.parameters, args, kwargs)
-        phi = {name: tensor for name, tensor in self.parameters.items() if name not in theta}
-        if not phi:
-            raise ValueError('trained="guide": expected parameters that are the guide\'s alone, got none')
-        return phi
+        return guide_parameters(self.program, self.parameters, *self.train_inputs.first())
 
     def _inputs(self, data: Any, split: str) -> Inputs:
         s = self.settings

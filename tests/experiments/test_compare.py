@@ -544,6 +544,11 @@ def network():
         (lambda: pv.VAE((8, 8), 8, (4,)), {"method": "posterior-density"}, "at most 5 latent dimensions.*got 8"),
         (network, {"method": "ais"}, "expected continuous latents, but site 'z_1'"),
         (network, {"refit_samples": 100}, "site 'z_1'.*no reparameterised sample"),
+        (
+            lambda: pv.VAE((8, 8), 2, (4,), prior="vamp:3"),
+            {"refit_samples": 9},
+            "parameters that are the guide's alone",
+        ),
     ],
 )
 def test_a_scorer_that_cannot_work_is_refused_before_any_training(factory, options, message, monkeypatch):
