@@ -17,6 +17,7 @@ from pyro_vae.objectives import OBJECTIVES, Objective
 from pyro_vae.programs import HasModelAndGuide, as_program
 from pyro_vae.training import fit
 from pyro_vae.training.checkpoint import CheckpointError, RunDirectory, RunDirectoryError, copy_into, model_tensors
+from pyro_vae.training.optimizers import is_name
 from pyro_vae.training.provenance import checksum
 
 __all__ = ["StoredRun", "build_model", "build_objective", "fit_settings", "load_run"]
@@ -147,16 +148,20 @@ def fit_settings(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The settings of a run's configuration, as arguments of ``fit``.
 
     Raises:
-        CheckpointError: they are not there, not those of ``fit``, or a schedule is a function.
+        CheckpointError: they are not there, not those of ``fit``, or optimiser or schedule are made by a function.
     """
     with _config_of(path):
         settings = dict(config["fit"])
         inspect.signature(fit).bind(None, None, **settings)
-    if isinstance(schedule := settings.get("learning_rate_schedule"), str):
-        raise CheckpointError(
-            f"the learning-rate schedule of {path} is {schedule}, which only its own code can make: go on by "
-            "fit(..., learning_rate_schedule=..., run_dir=..., resume=True)"
-        )
+    made = {"learning_rate_schedule": settings.get("learning_rate_schedule")}
+    if not is_name(settings.get("optimizer", "adagrad")):
+        made["optimizer"] = settings["optimizer"]
+    for name, text in made.items():
+        if isinstance(text, str):
+            raise CheckpointError(
+                f"the {name} of {path} is {text}, which only its own code can make: go on by "
+                f"fit(..., {name}=..., run_dir=..., resume=True)"
+            )
     return settings
 
 

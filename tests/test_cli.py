@@ -109,7 +109,7 @@ def test_a_schedule_that_is_a_function_is_resumed_in_python_alone():
     vae = pv.VAE((8, 8), 2, (5,))
     pv.fit(vae, pv.load_dataset("digits"), learning_rate_schedule=schedule, epochs=1, run_dir="r")
     said = refused("train", "--resume", "r", "--epochs", 2)
-    assert "the learning-rate schedule of r is cosineannealinglr, which only its own code can make" in said
+    assert "the learning_rate_schedule of r is cosineannealinglr(T_max=10), which only its own code can make" in said
 
 
 def test_parts_and_layers_from_training_to_pictures():

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from pyro_vae.arguments import one_of
 
-__all__ = ["OptimizerLike", "load_state", "make_optimizer", "optimizer_name", "state_tensors"]
+__all__ = ["OptimizerLike", "is_name", "load_state", "make_optimizer", "optimizer_name", "state_tensors"]
 
 OptimizerLike = str | type[Optimizer] | Callable[[Sequence[Tensor]], Optimizer]
 
@@ -30,12 +30,33 @@ _REFUSED = {
 
 
 def optimizer_name(optimizer: OptimizerLike) -> str:
-    """The name under which a run records an optimiser."""
+    """The name under which a run records an optimiser, or what makes one, with the numbers that a partial fixes.
+
+    Example:
+        >>> optimizer_name(functools.partial(torch.optim.Adam, lr=0.1))
+        'adam(lr=0.1)'
+    """
+    options: dict[str, Any] = {}
     while isinstance(optimizer, functools.partial):
+        options = optimizer.keywords | options
         optimizer = optimizer.func  # its repr holds an address, which the next process does not share
     if isinstance(optimizer, str):
         return optimizer.lower()
-    return str(getattr(optimizer, "__name__", type(optimizer).__name__)).lower()
+    name = str(getattr(optimizer, "__name__", type(optimizer).__name__)).lower()
+    plain = {key: value for key, value in options.items() if _is_plain(value)}
+    return name + (f"({', '.join(f'{key}={plain[key]!r}' for key in sorted(plain))})" if plain else "")
+
+
+def is_name(text: str) -> bool:
+    """Whether there is an optimiser of that name in torch."""
+    return text.lower() in _BY_NAME
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value's text is the same in the next process."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def make_optimizer(

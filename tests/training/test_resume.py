@@ -520,7 +520,33 @@ def test_an_optimizer_made_by_partial_is_known_again():
     def make(parameters, rate):
         return torch.optim.SGD(parameters, lr=rate)
 
-    assert optimizer_name(functools.partial(make, rate=0.1)) == "make"
+    assert optimizer_name(functools.partial(make, rate=0.1)) == "make(rate=0.1)"
+    assert optimizer_name(functools.partial(functools.partial(make, rate=0.1), rate=2, of=print)) == "make(rate=2)"
+
+
+def test_another_rate_or_schedule_in_a_partial_is_another_run(tmp_path):
+    made = {
+        "optimizer": functools.partial(torch.optim.Adam, lr=0.1),
+        "learning_rate_schedule": functools.partial(torch.optim.lr_scheduler.StepLR, step_size=2),
+    }
+    others = {
+        "optimizer": functools.partial(torch.optim.Adam, lr=0.2),
+        "learning_rate_schedule": functools.partial(torch.optim.lr_scheduler.StepLR, step_size=3),
+    }
+    settings = {"num_samples": 100, "run_dir": tmp_path / "r", "progress": False}
+    pv.fit(small_vae(), torch.ones(50, 8, 8), **made, **settings)
+    for name, other in others.items():
+        with pytest.raises(CheckpointError, match=name):
+            pv.fit(small_vae(), torch.ones(50, 8, 8), **made | {name: other}, **settings, resume=True)
+    with pytest.raises(CheckpointError, match=r"schedule of .* is steplr\(step_size=2\), which only its own code"):
+        runs.fit_settings(runs.load_run(tmp_path / "r").config, tmp_path / "r")
+
+
+def test_an_optimizer_of_a_function_is_not_made_by_its_name(tmp_path):
+    made = functools.partial(torch.optim.Adam, lr=0.1)
+    pv.fit(small_vae(), torch.ones(50, 8, 8), num_samples=50, run_dir=tmp_path / "r", optimizer=made, progress=False)
+    with pytest.raises(CheckpointError, match=r"the optimizer of .* is adam\(lr=0.1\), which only its own"):
+        runs.fit_settings(runs.load_run(tmp_path / "r").config, tmp_path / "r")
 
 
 def test_a_signal_that_was_ignored_stays_ignored():
