@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from pyro_vae.models import LinearGaussian as LinearGaussian
     from pyro_vae.models import LinearGaussianSSM as LinearGaussianSSM
     from pyro_vae.models import ProdLDA as ProdLDA
+    from pyro_vae.models import SemiAmortized as SemiAmortized
     from pyro_vae.models import SigmoidBeliefNetwork as SigmoidBeliefNetwork
     from pyro_vae.models import StochasticVolatility as StochasticVolatility
     from pyro_vae.models import SwitchingLDS as SwitchingLDS
@@ -96,6 +97,7 @@ _HOMES = {
     "Program": "programs",
     "Run": "training",
     "Score": "evaluation",
+    "SemiAmortized": "models",
     "SigmoidBeliefNetwork": "models",
     "StochasticVolatility": "models",
     "SwitchingLDS": "models",

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-__all__ = ["one_of", "probability", "share", "whole_number"]
+__all__ = ["one_of", "positive_number", "probability", "share", "whole_number"]
 
 
 def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
@@ -37,6 +37,21 @@ def whole_number(name: str, value: Any, least: int = 1, most: float = math.inf) 
     if number is None or isinstance(value, bool) or not least <= number <= most:
         limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
         raise ValueError(f"{name}: expected a whole number {limits}, got {value!r}")
+    return number
+
+
+def positive_number(name: str, value: Any) -> float:
+    """A finite number above 0 (numpy's and torch's too, but no boolean and no text).
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}: expected a positive number, got {value!r}")
     return number
 
 

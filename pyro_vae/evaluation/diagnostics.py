@@ -32,7 +32,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 from torch.distributions import Normal
 
-from pyro_vae.arguments import whole_number
+from pyro_vae.arguments import positive_number, whole_number
 from pyro_vae.data import TensorData
 from pyro_vae.evaluation.bounds import frozen
 from pyro_vae.inputs import Inputs, open_inputs
@@ -307,8 +307,7 @@ def amortization_gap(
     """
     num_steps, num_particles = whole_number("num_steps", num_steps), whole_number("num_particles", num_particles)
     draws = whole_number("log_marginal_particles", log_marginal_particles)
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate: expected a positive number, got {learning_rate!r}")
+    positive_number("learning_rate", learning_rate)
     opened = _open(program, x, batch_size, binarize, seed)
     if discrete := [name for name, site in opened.sites.items() if site.is_discrete]:
         raise ValueError(f"a Gaussian fitted to each datum: expected continuous latents, got discrete sites {discrete}")

@@ -6,6 +6,7 @@ from pyro_vae.models.hierarchical import HierarchicalVAE
 from pyro_vae.models.linear_gaussian import LinearGaussian
 from pyro_vae.models.linear_gaussian_ssm import LinearGaussianSSM
 from pyro_vae.models.mixture import GaussianMixture
+from pyro_vae.models.semi_amortized import SemiAmortized
 from pyro_vae.models.stochastic_volatility import StochasticVolatility
 from pyro_vae.models.switching import SwitchingLDS
 from pyro_vae.models.topic_model import ProdLDA
@@ -20,6 +21,7 @@ __all__ = [
     "LinearGaussian",
     "LinearGaussianSSM",
     "ProdLDA",
+    "SemiAmortized",
     "SigmoidBeliefNetwork",
     "StochasticVolatility",
     "SwitchingLDS",

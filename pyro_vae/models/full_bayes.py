@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 from torch.func import functional_call
 
-from pyro_vae.arguments import whole_number
+from pyro_vae.arguments import positive_number, whole_number
 from pyro_vae.models.registration import register
 from pyro_vae.programs import draws_per_datum
 
@@ -104,8 +104,7 @@ class BayesianModule(nn.Module):
     ) -> None:
         super().__init__()
         for argument, value in (("prior_scale", prior_scale), ("posterior_scale", posterior_scale)):
-            if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-                raise ValueError(f"{argument}: expected a positive number, got {value!r}")
+            positive_number(argument, value)
         if not (isinstance(module, nn.Module) and any(p.requires_grad for p in module.parameters())):
             raise ValueError(f"expected a module with parameters to train, got {module!r}")
         _require_no_batch_statistics(module)

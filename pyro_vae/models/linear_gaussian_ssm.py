@@ -29,7 +29,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.arguments import one_of
+from pyro_vae.arguments import one_of, positive_number
 from pyro_vae.distributions import MarkovSequence, steps_within
 from pyro_vae.models.state_space import StateSpaceModel
 from pyro_vae.recurrence import scan
@@ -188,8 +188,7 @@ class LinearGaussianSSM(StateSpaceModel):
         if isinstance(learned, str):
             raise ValueError(f"learned: expected a list of names among {', '.join(PARTS)}, got {learned!r}")
         self.learned = tuple(one_of("learned", part, PARTS) for part in learned)
-        if not guide_widening > 0:
-            raise ValueError(f"guide_widening: expected a positive number, got {guide_widening!r}")
+        positive_number("guide_widening", guide_widening)
         if process_scale is not None and process_covariance is not None:
             raise ValueError("process_scale: expected None beside a process_covariance, got both")
         A, C = _tensor("transition", transition), _tensor("emission", emission)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import transforms
 
-from pyro_vae.arguments import one_of, whole_number
+from pyro_vae.arguments import one_of, positive_number, whole_number
 from pyro_vae.models.registration import data_plate, register
 
 __all__ = ["GaussianMixture"]
@@ -88,11 +88,11 @@ class GaussianMixture(nn.Module):
         self.data_dim = whole_number("data_dim", data_dim)
         self.num_components = whole_number("num_components", num_components)
         self.posterior = one_of("posterior", posterior, POSTERIORS)
-        self.concentration = _positive("concentration", concentration)
+        self.concentration = positive_number("concentration", concentration)
         self.mean_loc = float(mean_loc)
-        self.mean_scale = _positive("mean_scale", mean_scale)
-        self.scale_median = _positive("scale_median", scale_median)
-        self.scale_spread = _positive("scale_spread", scale_spread)
+        self.mean_scale = positive_number("mean_scale", mean_scale)
+        self.scale_median = positive_number("scale_median", scale_median)
+        self.scale_spread = positive_number("scale_spread", scale_spread)
         self.num_data = None if num_data is None else whole_number("num_data", num_data)
         C, D = self.num_components, self.data_dim
         self._sizes = {"weights": C - 1, "means": C * D, "scales": C * D}
@@ -282,10 +282,3 @@ class GaussianMixture(nn.Module):
 
 def _mapped(base: dist.Distribution, to_support: transforms.Transform) -> dist.Distribution:
     return dist.TransformedDistribution(base, to_support)
-
-
-def _positive(name: str, value: float) -> float:
-    number = float(value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name}: expected a positive number, got {value!r}")
-    return number

@@ -17,7 +17,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.arguments import one_of, whole_number
+from pyro_vae.arguments import one_of, positive_number, whole_number
 from pyro_vae.distributions import MarkovSequence
 from pyro_vae.models.combiner import LinearCombiner
 from pyro_vae.models.state_space import StateSpaceModel
@@ -115,8 +115,7 @@ class StochasticVolatility(StateSpaceModel):
             raise ValueError(f"mu: expected a finite number, got {mu!r}")
         if not -1 < phi < 1:
             raise ValueError(f"phi: expected a number between -1 and 1, got {phi!r}")
-        if not 0 < sigma < math.inf:
-            raise ValueError(f"sigma: expected a positive number, got {sigma!r}")
+        positive_number("sigma", sigma)
         self._started_at = {"mu": float(mu), "phi": float(phi), "sigma": float(sigma)}
         self.dynamics = _Autoregression(data_dim, **self._started_at)
         self.emission = _Returns(data_dim, likelihood)

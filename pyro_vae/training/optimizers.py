@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyro_vae.arguments import one_of
+from pyro_vae.arguments import one_of, positive_number
 
 __all__ = ["OptimizerLike", "is_name", "load_state", "make_optimizer", "optimizer_name", "state_tensors"]
 
@@ -77,8 +77,8 @@ def make_optimizer(
         ValueError: an unknown name (the nearest is suggested), an optimiser that can't do stochastic steps, a learning
             rate that is not positive, or one given beside a function.
     """
-    if learning_rate is not None and not learning_rate > 0:
-        raise ValueError(f"learning_rate: expected a positive number, got {learning_rate!r}")
+    if learning_rate is not None:
+        positive_number("learning_rate", learning_rate)
     name = optimizer_name(optimizer)
     if name in _REFUSED:
         raise ValueError(f"optimizer {name!r} cannot train by stochastic gradients: {_REFUSED[name]}")

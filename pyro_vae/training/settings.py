@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
-from pyro_vae.arguments import one_of, whole_number
+from pyro_vae.arguments import one_of, positive_number, whole_number
 from pyro_vae.training.precision import PRECISIONS
 
 __all__ = ["Settings"]
@@ -58,7 +56,7 @@ class Settings:
         one_of("precision", self.precision, PRECISIONS)
         one_of("schedule_every", self.schedule_every, ("epoch", "step"))
         if self.ema_decay is not None:
-            decay = _positive("ema_decay", self.ema_decay)
+            decay = positive_number("ema_decay", self.ema_decay)
             if decay >= 1:
                 raise ValueError(f"ema_decay: expected a number above 0 and below 1, got {self.ema_decay!r}")
             object.__setattr__(self, "ema_decay", decay)
@@ -66,14 +64,4 @@ class Settings:
         for name in ("learning_rate", "prior_scale", "max_grad_norm", "free_bits"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, _positive(name, value))
-
-
-def _positive(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name}: expected a positive number, got {value!r}")
-    return number
+                object.__setattr__(self, name, positive_number(name, value))
