@@ -96,7 +96,7 @@ def main() -> None:
         print(f" (standard error {-bits_per_dim(error, size):.3f})")
     with torch.no_grad():
         seen = test.test[:12].float() / 255
-        again = vae.decode(vae.encode(seen).mean).mean
+        again = vae.decode(vae.encode(seen).sample((100,)).mean(0)).mean  # of a flow no mean is known
     plot_samples(as_images(vae.sample(100, mean=True)), columns=10).savefig(args.out / "samples.png")
     plot_reconstructions(as_images(seen), as_images(again)).savefig(args.out / "reconstructions.png")
 

@@ -39,7 +39,7 @@ def train(way: str, data: pv.Dataset, args: argparse.Namespace) -> Any:
     guide = options.pop("guide", "bottom-up")
     vae = pv.HierarchicalVAE(data.train.shape[1:], LATENT_DIMS, widths, guide=guide, activation=args.activation)
     if "kl_warmup" in options:
-        options["kl_warmup"] = int(args.warmup * args.epochs * len(data.train))
+        options["kl_warmup"] = int(args.warmup * args.epochs * len(data.train)) or None
     return pv.fit(
         vae,
         data,

@@ -75,7 +75,7 @@ def main() -> None:
         learning_rate=5e-4,
         batch_size=100,
         epochs=args.epochs,
-        kl_warmup=args.warmup * len(data.train),
+        kl_warmup=args.warmup * len(data.train) or None,
         valid=data.valid,
         patience=args.patience,
         evaluate_every=len(data.train),

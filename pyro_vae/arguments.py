@@ -47,7 +47,8 @@ def positive_number(name: str, value: Any) -> float:
         ValueError: it is not.
     """
     try:
-        number = math.nan if isinstance(value, (bool, str)) else float(value)
+        is_no_number = isinstance(value, (bool, str, bytes)) or "bool" in str(getattr(value, "dtype", ""))
+        number = math.nan if is_no_number else float(value)
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not 0 < number < math.inf:

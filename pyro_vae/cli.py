@@ -643,7 +643,6 @@ def compare(
     channels: Channels = ["32,64"],  # noqa: B006
     prior: PriorName = "standard",
     num_components: NumComponents = None,
-    pseudo_inputs: PseudoInputs = None,
     posterior: PosteriorName = "diagonal",
     latent_dims: LatentDims = ["100,50"],  # noqa: B006
     bayesian: Bayesian = "none",
@@ -691,7 +690,7 @@ def compare(
     objectives = {text: _parse_objective(text) for text in objective}
     data = pv.load_dataset(dataset, root=root, binarize=binarize)  # type: ignore[arg-type]
     require_own_options(model, given := _set_by_user(context))
-    make = functools.partial(make_model, data, {name: context.params[name] for name in _MAKING}, "model" in given)
+    make = functools.partial(make_model, data, {name: context.params.get(name) for name in _MAKING}, "model" in given)
     make()  # what is wrong with it is said before anything begins
     directory = run_dir or Path("runs", f"compare-{data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     rates = {f"lr={rate:g}": {"learning_rate": rate} for rate in learning_rate or ()}

@@ -98,6 +98,8 @@ def _prior(options: Mapping[str, Any]) -> str:
         if options[name] is not None and prior.partition(":")[0] not in priors:
             raise ValueError(f"--{name.replace('_', '-')} is for --prior {' or '.join(priors)}, got --prior {prior}")
     one_of("--pseudo-inputs", options["pseudo_inputs"] or "random", ("random", "data"))
+    if count is not None and ":" in prior:
+        raise ValueError(f"--num-components: expected none beside --prior {prior}, got {count}")
     return prior if count is None else f"{prior}:{count}"
 
 

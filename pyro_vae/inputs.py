@@ -13,6 +13,7 @@ from pyro_vae.data import LENGTHS, MASK, BatchIterable, Columns, Dataset, Reader
 from pyro_vae.data.batches import (
     Column,
     StoredColumns,
+    along_the_sequences,
     blocks,
     is_by_name,
     is_grey,
@@ -79,12 +80,13 @@ class Inputs:
             raise ValueError(f"trim_padding: expected padded sequences and their {LENGTHS}, got {list(columns)}")
         read = self.data.reader({name: column[:_DRY_RUN] for name, column in columns.items()})
         fewer = int(read[LENGTHS].max() + 1) // 2
-        args, kwargs = self.call(trimmed(read | {LENGTHS: read[LENGTHS].clamp(max=fewer)}))
+        names = along_the_sequences(columns, by_name=not isinstance(self.data, TensorData))
+        args, kwargs = self.call(trimmed(read | {LENGTHS: read[LENGTHS].clamp(max=fewer)}, names))
         try:
             check_program(program, args, kwargs)
         except ValueError as error:
             raise ValueError(f"trim_padding: expected a program that takes any number of steps: {error}") from error
-        return replace(self, data=replace(self.data, reader=replace(self.data.reader, trims=True)))
+        return replace(self, data=replace(self.data, reader=replace(self.data.reader, trims=names)))
 
     def tensors(self) -> TensorData:
         """The data as rows.

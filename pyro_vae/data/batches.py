@@ -16,7 +16,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, TypeVar
 
@@ -34,6 +34,7 @@ __all__ = [
     "Reader",
     "StoredColumns",
     "TensorData",
+    "along_the_sequences",
     "as_column",
     "as_columns",
     "blocks",
@@ -274,7 +275,7 @@ class Reader:
         drawn: names of the arguments to binarise by drawing.
         unscaled: names of the uint8 arguments that hold numbers as they are, not levels from 0 to 255.
         missing: names of the arguments of which numbers may be missing, NaN or infinite where the mask is False.
-        trims: whether a batch of padded sequences is cut to about its own longest.
+        trims: names of the arguments that are cut to about a batch's own longest sequence.
     """
 
     device: torch.device
@@ -283,12 +284,12 @@ class Reader:
     drawn: frozenset[str] = frozenset()
     unscaled: frozenset[str] = frozenset()
     missing: frozenset[str] = frozenset()
-    trims: bool = False
+    trims: frozenset[str] = frozenset()
 
     def __call__(self, columns: Mapping[str, Column]) -> Columns:
         """Read a batch; the draws come from torch's global generator of the device."""
         read = {name: self._scale(name, column) for name, column in columns.items()}
-        read = trimmed(read) if self.trims else read
+        read = trimmed(read, self.trims) if self.trims else read
         if self.data_shape is not None:
             first = next(iter(read))
             read[first] = _reshape(read[first].to(self.dtype), self.data_shape)
@@ -311,16 +312,45 @@ class Reader:
         return column.to(self.device, non_blocking=True)
 
 
-def trimmed(columns: Columns) -> Columns:
-    """Padded sequences (M, T, ...), and all that has their first two axes, without steps that all are padding.
+def trimmed(columns: Columns, names: Collection[str]) -> Columns:
+    """Padded sequences (M, T, ...), and what goes with them step by step, without steps that all are padding.
 
     Their number of steps is one of T, T / sqrt(2), T / 2, ..., so that only a few shapes come.
+
+    Args:
+        columns: a batch, with lengths.
+        names: of the columns to cut.
     """
     longest, shape = int(columns[LENGTHS].max()), columns[observed_name(columns)].shape[:2]
     halvings = math.floor(2 * math.log2(shape[1] / longest) + 1e-9)
     kept = max(longest, math.ceil(shape[1] / math.sqrt(2) ** halvings))
-    along = {name for name, column in columns.items() if name != LENGTHS and column.shape[:2] == shape}
-    return {name: x[:, :kept].contiguous() if name in along else x for name, x in columns.items()}
+    return {name: x[:, :kept].contiguous() if name in names else x for name, x in columns.items()}
+
+
+def along_the_sequences(columns: StoredColumns, by_name: bool = False) -> frozenset[str]:
+    """Names of what has a value for each step: x, its mask, and what has their axes and is 0 beyond the lengths.
+
+    Args:
+        columns: all of the data, with lengths.
+        by_name: take of others none but exogenous ``inputs``, for not all of their data can be looked at.
+    """
+    observed = observed_name(columns)
+    shape = tuple(columns[observed].shape[:2])
+    found = {name for name, c in columns.items() if name != LENGTHS and tuple(c.shape[:2]) == shape}
+    known = {observed, MASK, "inputs"}
+    return frozenset(n for n in found if n in known or not (by_name or _is_above_lengths(columns, n)))
+
+
+def _is_above_lengths(columns: StoredColumns, name: str) -> bool:
+    """Whether a column has other values than 0 in steps beyond the sequences' lengths."""
+    column, lengths, start = columns[name], torch.as_tensor(columns[LENGTHS]), 0
+    for block in stored_blocks(column):
+        steps = torch.arange(block.shape[1], device=block.device)
+        beyond = steps >= lengths[start : start + len(block)].to(block.device)[:, None]
+        start += len(block)
+        if bool((block[beyond] != 0).any()):
+            return True
+    return False
 
 
 def is_unscaled(column: Column) -> bool:
@@ -517,7 +547,7 @@ class _DrawnOnce(TensorData):
     def _draw(self, stop: int) -> Iterator[Columns]:
         """The drawn columns in blocks that cover the first rows; a block is the same wherever it stops."""
         generator = torch.Generator(self.grey.device).manual_seed(self.seed)
-        plain = replace(self.grey, drawn=frozenset(), data_shape=None, trims=False)
+        plain = replace(self.grey, drawn=frozenset(), data_shape=None, trims=frozenset())
         grey = {name: column for name, column in self.columns.items() if name in self.grey.drawn}
         widest = max(column[:1].numel() for column in grey.values())
         size = max(1, min(_ROWS_PER_DRAW, _ELEMENTS_PER_DRAW // max(1, widest)))

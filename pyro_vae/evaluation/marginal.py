@@ -188,8 +188,8 @@ def _require_no_padding(inputs: Inputs) -> None:
     steps = inputs.num_steps(columns)
     if steps is not None and bool((steps < columns[observed_name(columns)].shape[1]).any()):
         raise ValueError(
-            'method="posterior-density": expected sequences of one length, got padded ones; score those of each length '
-            'by themselves, or by method="smc"'
+            'method="posterior-density": expected sequences without padding, got some; score those of each length T by '
+            'themselves, cut to it (x[:, :T]), or by method="smc"'
         )
 
 

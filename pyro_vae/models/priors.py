@@ -191,6 +191,8 @@ class VampPrior(Prior):
             >>> prior.pseudo_inputs.detach().sum(-1)
             tensor([1.0200, 1.0200, 1.0200])
         """
+        if not hasattr(data, "shape"):
+            raise ValueError(f"data: expected a tensor, an array or a sparse matrix, got {type(data).__name__}")
         count, shape, data_range = (self.config[name] for name in ("num_components", "data_shape", "data_range"))
         if math.prod(data.shape[1:]) != math.prod(shape):
             expected = ", ".join(map(str, ("N", *shape)))

@@ -50,7 +50,9 @@ class SemiAmortized(nn.Module):
     Everything that trains or scores a VAE takes it. A pass costs the decoder ``num_steps`` times more, forwards and
     backwards. The networks run in the mode, training or evaluation, that they are in. The components of a vamp prior
     are the encoder's posteriors of the pseudo-inputs, without refinement. A KL weight or free bits of the objective are
-    no part of the refinement's bound.
+    no part of the refinement's bound. It takes gradients, which ``torch.inference_mode`` forbids and ``torch.no_grad``
+    does not. Objectives that train the guide by a loss of its own (wake-sleep) take ``through=False``: else the decoder
+    is trained by it as well.
 
     Args:
         vae: the VAE, whose parameters are trained; or the arguments that build one, as in ``vae.config``. Draws of its

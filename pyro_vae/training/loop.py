@@ -217,7 +217,9 @@ def fit(
         max_grad_norm: clip the gradient of the mean loss, in nats per datum, to this Euclidean norm.
         trim_padding: leave out steps that are padding in all sequences of a minibatch, where one long sequence has made
             them all long: of T stored steps it keeps T, T / sqrt(2), T / 2 and so on, as many as its longest needs. It
-            is cut from all arguments of x's first two axes. For programs that take any number of steps.
+            is cut from x, its mask, exogenous ``inputs``, and every argument that has x's first two axes and is 0 in
+            all steps beyond the lengths (of an iterable's batches, from the first three). For programs that take any
+            number of steps. Steps of the whole length are compiled, those of others captured.
         patience: stop after so many evaluations without a better validation bound, and return to the best parameters.
         tensorboard: write TensorBoard events into ``run_dir`` (needs the extra ``pyro-vae[tensorboard]``).
         trained: "all" parameters, or those of the "guide" alone: what the model's density depends on stays as it is.
@@ -467,7 +469,8 @@ class _Trainer:
 
     def _trim(self) -> None:
         """Read minibatches without the steps that are padding in all of their sequences."""
-        if isinstance(self.objective, MCEM) and self.objective.persistent is not False:
+        rows = isinstance(self.train_inputs.data, TensorData)  # without them it keeps no chains
+        if rows and isinstance(self.objective, MCEM) and self.objective.persistent is not False:
             raise ValueError(
                 "trim_padding: MCEM keeps chains of the longest sequence's steps; expected MCEM(persistent=False, "
                 "num_transitions=...)"

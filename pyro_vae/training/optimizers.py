@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -23,6 +24,7 @@ _BY_NAME: dict[str, type[Optimizer]] = {
     if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
 }
 _LEARNING_RATES = {"adagrad": 0.02}  # of the paper's grid {0.01, 0.02, 0.1}; elsewhere torch's own defaults
+_NOT_PLAIN = object()
 _REFUSED = {
     "lbfgs": "it evaluates the loss several times a step, on noise that must stay the same",
     "sparseadam": "it takes sparse gradients only",
@@ -43,7 +45,7 @@ def optimizer_name(optimizer: OptimizerLike) -> str:
     if isinstance(optimizer, str):
         return optimizer.lower()
     name = str(getattr(optimizer, "__name__", type(optimizer).__name__)).lower()
-    plain = {key: value for key, value in options.items() if _is_plain(value)}
+    plain = {key: plainly for key, value in options.items() if (plainly := _plain(value)) is not _NOT_PLAIN}
     return name + (f"({', '.join(f'{key}={plain[key]!r}' for key in sorted(plain))})" if plain else "")
 
 
@@ -52,11 +54,14 @@ def is_name(text: str) -> bool:
     return text.lower() in _BY_NAME
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a value's text is the same in the next process."""
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+def _plain(value: Any) -> Any:
+    """A value as what has the same text in the next process, if it is a number, a text, or a list of them."""
+    if isinstance(value, (Tensor, np.generic, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, (tuple, list, range)):
+        parts = tuple(map(_plain, value))
+        return _NOT_PLAIN if _NOT_PLAIN in parts else parts
+    return value if value is None or isinstance(value, (bool, int, float, str)) else _NOT_PLAIN
 
 
 def make_optimizer(
@@ -79,7 +84,7 @@ def make_optimizer(
     """
     if learning_rate is not None:
         positive_number("learning_rate", learning_rate)
-    name = optimizer_name(optimizer)
+    name = optimizer_name(optimizer).partition("(")[0]
     if name in _REFUSED:
         raise ValueError(f"optimizer {name!r} cannot train by stochastic gradients: {_REFUSED[name]}")
     if isinstance(optimizer, str):

@@ -22,7 +22,7 @@ __all__ = ["checksum", "describe", "describe_data", "describe_environment", "req
 
 
 # What older runs do not state.
-_SINCE = {"trained": "all", "precision": "full", "schedule_every": "epoch", "kl_by_site": False}
+_SINCE = {"trained": "all", "precision": "full", "schedule_every": "epoch", "kl_by_site": False, "trim_padding": False}
 _SINCE |= {"steps": "eager", "processes": 1}
 
 
@@ -64,6 +64,12 @@ def describe_environment(parameters: Mapping[str, Tensor], compile: bool, proces
     }
 
 
+def _is_older_name(before: Any, now: Any) -> bool:
+    """Whether a run's optimiser or schedule was recorded by its name alone, as was done before its numbers were."""
+    texts = isinstance(before, str) and isinstance(now, str)
+    return texts and "(" not in before and before == now.partition("(")[0]
+
+
 def require_same_run(stored: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:
     """Refuse to go on with other settings than the run's, the budget apart; warn of another environment."""
     stored_parameters, parameters = stored.get("parameters", {}), config["parameters"]
@@ -78,7 +84,8 @@ def require_same_run(stored: Mapping[str, Any], config: Mapping[str, Any], path:
     for section in ("objective", "data", "fit"):
         there, here = stored.get(section) or {}, config[section] or {}
         for name in sorted(there.keys() | here.keys()):
-            if name not in ("num_samples", "epochs") and there.get(name, _SINCE.get(name)) != here.get(name):
+            before, now = there.get(name, _SINCE.get(name)), here.get(name)
+            if name not in ("num_samples", "epochs") and before != now and not _is_older_name(before, now):
                 if name == "checksum":
                     raise CheckpointError(
                         f"the training data are not those that {path} was trained on: checksums differ"

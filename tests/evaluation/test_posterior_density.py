@@ -324,7 +324,7 @@ def test_a_fitted_gaussian_is_as_narrow_as_each_dimension():
 
 def test_padded_sequences_are_refused():
     made, x = pv.LinearGaussianSSM(torch.tensor([[0.5]]), torch.ones(1, 1)), torch.randn(3, 3, 1)
-    with pytest.raises(ValueError, match="expected sequences of one length, got padded ones"):
+    with pytest.raises(ValueError, match="expected sequences without padding, got some"):
         pv.log_marginal(made, (x, torch.tensor([3, 2, 3])), method="posterior-density", **SHORT)
     whole = (x, torch.full((3,), 3))
     found = pv.log_marginal(made, whole, method="posterior-density", num_particles=400, num_chains=4).values

@@ -911,6 +911,32 @@ def test_batches_of_trimmed_sequences_are_as_long_as_they_must_be():
     assert all(longest <= kept <= math.ceil(longest * math.sqrt(2)) for kept, longest in steps[-12:])
 
 
+def test_what_is_data_beyond_the_lengths_is_never_cut():
+    (x, lengths), seen = chains(), set()
+
+    def model(x, y, u, labels, lengths):
+        seen.add((x.shape[1], y.shape[1], u.shape[1], labels.shape[1]))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            steps = torch.arange(x.shape[1]) < lengths[:, None]
+            law = dist.Normal(z[..., None, :], 1.0).mask(steps[..., None]).expand(z.shape[:-1] + x.shape[1:])
+            pyro.sample("x", law.to_event(2), obs=x)
+
+    def guide(x, y, u, labels, lengths):
+        scale = pyro.param("scale", torch.ones(()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(u.mean(1, keepdim=True), scale.abs()).to_event(1))
+
+    within = torch.arange(20) < lengths[:, None]
+    data = {"x": x, "y": torch.randn(24, 20, 2), "u": torch.randn(24, 20), "labels": within.long(), "lengths": lengths}
+    program = pv.Program(model, guide)
+    whole, cut = (pv.evaluate_bound(program, data, batch_size=3, trim_padding=trim) for trim in (False, True))
+    assert cut.mean == pytest.approx(whole.mean, abs=1e-9)
+    assert {shape[0] for shape in seen} >= {20, 5}
+    assert {shape[1:3] for shape in seen} == {(20, 20)}
+    assert all(kept == labels for kept, _, _, labels in seen)
+
+
 class FixedSteps(nn.Module):
     """Its guide reads exactly 20 steps."""
 

@@ -542,6 +542,31 @@ def test_another_rate_or_schedule_in_a_partial_is_another_run(tmp_path):
         runs.fit_settings(runs.load_run(tmp_path / "r").config, tmp_path / "r")
 
 
+def test_runs_of_before_go_on(tmp_path):
+    made = {"optimizer": functools.partial(torch.optim.Adam, lr=0.1), "progress": False, "run_dir": tmp_path / "r"}
+    pv.fit(small_vae(), torch.ones(50, 8, 8), num_samples=100, **made)
+    file = tmp_path / "r/config.json"
+    config = json.loads(file.read_text())
+    del config["fit"]["trim_padding"]  # as it was before there was such a setting
+    config["fit"]["optimizer"] = "adam"  # and before the numbers were recorded
+    file.write_text(json.dumps(config))
+    run = pv.fit(small_vae(), torch.ones(50, 8, 8), num_samples=200, resume=True, **made)
+    assert run.samples == 200
+
+
+@pytest.mark.parametrize("one", [0.001, np.float64(0.001), torch.tensor(0.001, dtype=torch.float64)])
+def test_numbers_of_a_partial_are_recorded_whatever_their_type(one):
+    made = functools.partial(torch.optim.Adam, lr=one, betas=[0.9, 0.99])
+    assert optimizer_name(made) == "adam(betas=(0.9, 0.99), lr=0.001)"
+    assert optimizer_name(functools.partial(torch.optim.Adam, lr=2 * one)) == "adam(lr=0.002)"
+
+
+def test_what_cannot_train_is_refused_with_numbers_too():
+    made = functools.partial(torch.optim.LBFGS, lr=1.0)
+    with pytest.raises(ValueError, match="'lbfgs' cannot train by stochastic gradients"):
+        pv.fit(small_vae(), torch.ones(50, 8, 8), num_samples=50, optimizer=made, progress=False)
+
+
 def test_an_optimizer_of_a_function_is_not_made_by_its_name(tmp_path):
     made = functools.partial(torch.optim.Adam, lr=0.1)
     pv.fit(small_vae(), torch.ones(50, 8, 8), num_samples=50, run_dir=tmp_path / "r", optimizer=made, progress=False)
